@@ -1,0 +1,14 @@
+"""One process, four logical CPU devices: strategies of 1, 2 and 4 replicas share it.
+
+They can, because on CPU `gan_dist.strategy` reduces with ReductionToOneDevice; default collectives could not.
+"""
+
+import os
+
+os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
+
+import tensorflow as tf
+
+tf.config.set_logical_device_configuration(
+    tf.config.list_physical_devices("CPU")[0], [tf.config.LogicalDeviceConfiguration() for _ in range(4)]
+)
