@@ -30,9 +30,9 @@ SCALARS = (
     "gradient_norm/discriminator",
 )
 
-# Maps (order [S, G] int32, one vote of this worker) to (sums over the steps that were not skipped `[len(SCALARS)]`,
-# number of skipped steps, sum of all replicas' votes), after S steps.
-Advance = Callable[[tf.Tensor, tf.Tensor], tuple[tf.Tensor, tf.Tensor, tf.Tensor]]
+# Maps the order of the examples, `[S, G]` int32, to the sums of `SCALARS` over the steps that were not skipped, and the
+# number of those that were, after S steps.
+Advance = Callable[[tf.Tensor], tuple[tf.Tensor, tf.Tensor]]
 
 
 def compile_block(
@@ -89,11 +89,9 @@ def compile_block(
     @tf.function(
         input_signature=[
             tf.TensorSpec([None, layout.global_batch], tf.int32),
-            tf.TensorSpec([], tf.int32),
         ]
     )
-    def advance(order_SG: tf.Tensor, vote: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor, tf.Tensor]:
-        votes = strategy.reduce("SUM", strategy.run(tf.identity, args=(vote,)), axis=None)
+    def advance(order_SG: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
         sums = tf.zeros([len(SCALARS)], dtype)
         skipped = tf.constant(0, tf.int64)
         for i in tf.range(tf.shape(order_SG)[0]):
@@ -103,7 +101,7 @@ def compile_block(
             good = tf.reduce_all(tf.math.is_finite(scalars))
             sums += tf.where(good, scalars, tf.zeros_like(scalars))
             skipped += tf.cast(~good, tf.int64)
-        return sums, skipped, votes
+        return sums, skipped
 
     return advance
 

@@ -1,0 +1,123 @@
+"""`python -m gan_dist.train`: parse, resolve, print or run."""
+
+import dataclasses
+import logging
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from gan_dist import cli, workdir
+from gan_dist import cluster as cluster_lib
+from gan_dist import config as config_lib
+from gan_dist.config import Config
+from gan_dist.errors import EnvironmentFault, PeerLost, UsageError
+from gan_dist.layout import Layout
+
+
+def main(argv: Sequence[str]) -> None:
+    """Trains what the flags describe, or, with --dry_run, says what that would be."""
+    config = cli.parse(argv, "train").config
+    config_lib.check(config)
+    cluster = cluster_lib.from_environment(os.environ)
+    # Refused here, before TensorFlow is imported: what needs no TensorFlow to see.
+    _check_known_batch(config, len(cluster.workers))
+    if config.data.data_dir and not Path(config.data.data_dir).is_dir():
+        raise EnvironmentFault(f"--data_dir={config.data.data_dir} is not a folder; give one, or leave it out.")
+    if config.run.init_from and workdir.read_config(Path(config.run.init_from)) is None:
+        raise UsageError(f"--init_from={config.run.init_from} holds no run (no config.json); give a run's workdir.")
+    workdir.check_resume(config)
+    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
+
+    import tensorflow as tf
+
+    from gan_dist import loop, strategy
+
+    if config.run.dry_run:
+        plan = strategy.plan(config.devices, cluster, strategy.gpus_here())
+        print(describe(config, plan, strategy.gpus_here()))
+        return
+    _log_to_stdout()
+    try:
+        replicas = strategy.create(config.devices, cluster)
+        logging.getLogger("gan_dist").info(
+            "%s, %d replica(s), workdir %s", type(replicas).__name__, replicas.num_replicas_in_sync, config.run.workdir
+        )
+        loop.train(config, replicas)
+    except tf.errors.ResourceExhaustedError as error:
+        raise EnvironmentFault(
+            f"Out of memory on a device: {error.message.splitlines()[0]} Use more devices (--num_devices), a smaller "
+            "--global_batch_size or --width, or --precision=bfloat16; --dry_run shows the memory that a replica needs."
+        ) from error
+    except (
+        tf.errors.UnavailableError,
+        tf.errors.DeadlineExceededError,
+        tf.errors.AbortedError,
+        tf.errors.CancelledError,
+        tf.errors.InternalError,
+        tf.errors.FailedPreconditionError,
+    ) as error:
+        if len(cluster.workers) == 1:
+            raise
+        raise PeerLost(
+            f"Worker {cluster.index} lost a peer: {error.message.splitlines()[0]} Start all workers again; they go on "
+            "from the last commit."
+        ) from error
+
+
+def describe(config: Config, plan: Any, gpus_here: int) -> str:
+    """What would run: settings, devices, parameters, memory of a replica. Imports TensorFlow."""
+    from gan_dist import data, state
+
+    layout = Layout(config.data.global_batch_size, plan.replicas)
+    generator, discriminator = state.networks(config, data.num_classes(config.data))
+    lines = ["settings:"]
+    for setting in config_lib.settings():
+        value = getattr(getattr(config, setting.section), setting.name)
+        unit = f"  ({setting.option.unit})" if setting.option.unit else ""
+        lines.append(f"  --{setting.name}={value}{unit}")
+    lines.append(f"devices: {plan}; {layout.per_replica} images a replica; this machine has {gpus_here} GPU(s)")
+    if plan.accelerator == "gpu" and gpus_here < plan.devices // config.devices.virtual_devices_per_gpu:
+        lines.append("  these GPUs are not here: to run on this machine, add --accelerator=cpu")
+    for network in (generator, discriminator):
+        lines.append(f"parameters: {network.layer.name} {network.parameters:,}")
+    lines.append(f"memory: about {replica_memory(config, layout, generator, discriminator) / 1e9:.2f} GB a replica")
+    return "\n".join(lines)
+
+
+def replica_memory(config: Config, layout: Layout, generator: Any, discriminator: Any) -> int:
+    """An estimate of the bytes that a replica needs at its fullest: state, gradients, data set, activations.
+
+    Activations are those of the discriminator's pass over real and generated images together, or of the generator's
+    through the discriminator, whichever is more, each kept for the backward pass and met there by its gradient.
+    """
+    variable = 8 if config.devices.precision == "float64" else 4
+    activation = {"float32": 4, "bfloat16": 2, "float64": 8}[config.devices.precision]
+    # Weights, two moments, gradients twice (apart, and packed for the all-reduce); the generator's average.
+    numbers = 5 * (generator.parameters + discriminator.parameters) + generator.parameters
+    model, pixels = config.model, config.data.resolution**2 * config.data.channels
+    g = generator.layer.stack.elements(model.latent_size + generator.num_classes)
+    d = discriminator.layer.stack.elements((config.data.resolution, config.data.resolution, config.data.channels))
+    activations = 2 * layout.per_replica * max(2 * (d + pixels), g + d)
+    return numbers * variable + activations * activation + 60_000 * pixels
+
+
+def _check_known_batch(config: Config, workers: int) -> None:
+    """Refuses a batch that cannot divide, where the number of replicas is already known."""
+    devices = config.devices
+    if devices.num_devices:
+        split = 1 if devices.accelerator == "cpu" else devices.virtual_devices_per_gpu
+        Layout(config.data.global_batch_size, devices.num_devices * split * workers)
+
+
+def _log_to_stdout() -> None:
+    handler = logging.StreamHandler(sys.stdout)
+    handler.setFormatter(logging.Formatter("%(message)s"))
+    log = logging.getLogger("gan_dist")
+    log.handlers, log.propagate = [handler], False
+    log.setLevel(logging.INFO)
+
+
+if __name__ == "__main__":
+    cli.run(main)
