@@ -1,6 +1,7 @@
 """How the global batch is laid out over replicas. Whoever needs a batch size takes a `Layout`."""
 
 import dataclasses
+from typing import Any
 
 from gan_dist.errors import UsageError
 
@@ -26,6 +27,6 @@ class Layout:
     def per_replica(self) -> int:
         return self.global_batch // self.replicas
 
-    def first_row(self, replica: int) -> int:
-        """The row of the global batch at which this replica's share starts."""
+    def first_row(self, replica: Any) -> Any:
+        """The row of the global batch at which a replica's share starts; for a number or a scalar tensor."""
         return replica * self.per_replica

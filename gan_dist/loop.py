@@ -1,7 +1,6 @@
 """The order of things: restore, step, log, save, sample, stop."""
 
 import logging
-import math
 import os
 import platform
 import sys
@@ -11,6 +10,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import tensorflow as tf
 
 from gan_dist import checkpoints, data, images, rng, sample, summaries, workdir
@@ -61,12 +61,13 @@ def train(config: Config, strategy: tf.distribute.Strategy) -> None:
     labels = data.on_replicas(strategy, examples.labels)
     advance = step_lib.compile_block(config, state, strategy, layout, pixels, labels)
     writer = summaries.Writer(folder, config, first) if chief else None
+    grid = _Grid(config, state)
     rhythm = config.loop
     meter = _Meter(layout)
     committed_at = time.monotonic()
     try:
         if writer and first == 0 and rhythm.sample_every_steps:
-            writer.picture(0, _grid(config, state))
+            writer.picture(0, grid())
         for start, end in blocks(first, config):
             began = time.monotonic()
             order = data.order(config.run.seed, start, end, layout.global_batch, len(examples.pixels))
@@ -84,7 +85,7 @@ def train(config: Config, strategy: tf.distribute.Strategy) -> None:
                 if _due(step, rhythm.log_every_steps, last):
                     writer.scalars(step, meter.read(step))
                 if _due(step, rhythm.sample_every_steps, last):
-                    writer.picture(step, _grid(config, state))
+                    writer.picture(step, grid())
                 aged = 0 < rhythm.checkpoint_every_secs <= time.monotonic() - committed_at
                 if aged or step == last or _due(step, rhythm.checkpoint_every_steps, last):
                     _commit(config, state, step)
@@ -196,42 +197,46 @@ def _version(package: str) -> str:
         return "not installed"
 
 
-def _grid(config: Config, state: State) -> Any:
+class _Grid:
     """The fixed-noise picture of the averaged generator, `[H, W, C]` uint8."""
-    classes = state.generator.num_classes
-    labels = sample.grid_labels(_GRID, classes) if classes else _GRID
-    values = {name: variable.numpy() for name, variable in state.ema.items()}
-    pixels = sample.generate(state.generator, values, config, rng.key(config.run.seed, "samples"), labels)
-    return images.grid(pixels, sample.grid_columns(_GRID, classes))
+
+    def __init__(self, config: Config, state: State) -> None:
+        self._classes = state.generator.num_classes
+        self._ema = state.ema
+        self._generate = sample.compile_generator(state.generator, config, rng.key(config.run.seed, "samples"))
+
+    def __call__(self) -> Any:
+        labels = sample.grid_labels(_GRID, self._classes) if self._classes else _GRID
+        pixels = self._generate({name: variable.numpy() for name, variable in self._ema.items()}, labels)
+        return images.grid(pixels, sample.grid_columns(_GRID, self._classes))
 
 
 class _Meter:
-    """Means over a log interval. Rates leave out a process's first block, which traces and compiles."""
+    """Means over a log interval. Rates leave out the process's first block, which traces and compiles."""
 
     def __init__(self, layout: Layout) -> None:
-        self._layout, self._skipped, self._warm = layout, 0, False
+        self._layout, self._skipped, self._cold = layout, 0, 1
         self._clear()
 
     def _clear(self) -> None:
-        self._sums, self._good, self._steps, self._secs, self._waited = 0.0, 0, 0, 0.0, 0.0
+        self._sums, self._good = np.zeros(len(step_lib.SCALARS)), 0
+        self._blocks: list[tuple[int, float, float]] = []
 
     def add(self, steps: int, sums: Any, skipped: int, waited: float, secs: float) -> None:
+        """Counts a block: the sums over its good steps, and seconds in all and waiting for data."""
         self._sums = self._sums + sums
         self._good += steps - skipped
         self._skipped += skipped
-        if self._warm or not self._steps:
-            # Only if the interval holds nothing else are its rates those of the first block.
-            self._steps, self._secs, self._waited = self._steps + steps, self._secs + secs, self._waited + waited
-        if not self._warm:
-            self._warm, self._first = True, (steps, secs, waited)
+        self._blocks.append((steps, waited, secs))
 
     def read(self, step: int) -> dict[str, float]:
-        steps, secs, waited = self._steps, self._secs, self._waited
-        if self._first and steps > self._first[0]:
-            steps, secs, waited = steps - self._first[0], secs - self._first[1], waited - self._first[2]
-        self._first = None
+        """The scalars of the interval that ends at `step`; the next interval starts."""
+        # Where the interval is the first block alone, its rates are that block's.
+        steps, waited, secs = (
+            sum(column) for column in zip(*(self._blocks[self._cold :] or self._blocks), strict=True)
+        )
         rate = steps * self._layout.global_batch / secs
-        means = self._sums / self._good if self._good else [math.nan] * len(step_lib.SCALARS)
+        means = self._sums / self._good if self._good else np.full_like(self._sums, np.nan)
         values = {
             "kimg": step * self._layout.global_batch / 1000,
             **{name: float(value) for name, value in zip(step_lib.SCALARS, means, strict=True)},
@@ -242,5 +247,6 @@ class _Meter:
             "skipped_steps": self._skipped,
             "memory_gb": summaries.memory_gb(),
         }
+        self._cold = 0
         self._clear()
         return values

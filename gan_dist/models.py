@@ -19,7 +19,8 @@ import tensorflow as tf
 from gan_dist import rng
 from gan_dist.config import DataConfig, ModelConfig
 
-Values = Mapping[str, tf.Tensor]
+# Of a network's variables, by name: tensors or arrays.
+Values = Mapping[str, Any]
 
 _KERAS_POLICY = {"float32": "float32", "bfloat16": "mixed_bfloat16", "float64": "float64"}
 
@@ -183,7 +184,7 @@ class _Layers:
 
 
 def dcgan(model: ModelConfig, data: DataConfig, classes: int, seed: int, dtype: str) -> tuple[Generator, Discriminator]:
-    """The DCGAN (Radford et al. 2016), in the form of reference 1: a dense layer before the logit, LeakyReLU 0.2 in both.
+    """The DCGAN (Radford et al. 2016) in the form of reference 1: LeakyReLU 0.2 in both, a dense layer near the logit.
 
     The image halves from layer to layer down to 7 or 4 pixels, and the channels double: two layers for 28 pixels,
     three for 32, four for 64. No bias stands in front of a batch norm, which would take it out again.
@@ -224,7 +225,7 @@ class Architecture:
     image_range: tuple[float, float]
 
 
-# --architecture to networks. To add one: write the function, a line here, its name in config.py, a parameter-count test.
+# --architecture to networks. To add one: the function, a line here, its name in config.py, a parameter-count test.
 ARCHITECTURES = {"dcgan": Architecture(dcgan, (-1.0, 1.0))}
 
 
@@ -239,7 +240,7 @@ class Network:
 
     def __init__(self, layer: Any, example: tf.Tensor, labels_BK: tf.Tensor | None) -> None:
         self.layer = layer
-        self.num_classes = 0 if labels_BK is None else int(labels_BK.shape[1])
+        self.num_classes = 0 if labels_BK is None else int(labels_BK.shape.as_list()[1] or 0)
         layer(example, labels_BK)  # Creates the variables.
         # The path is network/…/layer/role; what lies between is structure, too.
         named = {"_".join(part for part in v.path.split("/")[1:] if part): v for v in layer.variables}

@@ -2,6 +2,7 @@
 
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import tensorflow as tf
 
@@ -27,9 +28,9 @@ def reduce_packed(
     gradients: Sequence[tf.Tensor], extras: tf.Tensor, all_reduce: Callable[[tf.Tensor], tf.Tensor]
 ) -> Reduced:
     """Sums gradients and `extras` (`[E]`, same type) over replicas, in one all-reduce."""
-    sizes = [g.shape.num_elements() for g in gradients]
+    sizes: list[Any] = [g.shape.num_elements() for g in (*gradients, extras)]
     packed = all_reduce(tf.concat([*(tf.reshape(g, [-1]) for g in gradients), extras], 0))
-    *flat, extras = tf.split(packed, [*sizes, extras.shape[0]])
+    *flat, extras = tf.split(packed, sizes)
     summed = [tf.reshape(f, g.shape) for f, g in zip(flat, gradients, strict=True)]
     norm = tf.linalg.global_norm(summed)
     # A sum over replicas is finite only if every replica's part is.

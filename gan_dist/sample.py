@@ -4,7 +4,7 @@ import dataclasses
 import math
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -24,20 +24,19 @@ _CHUNK = 100
 _COLUMNS = 10
 
 
-def generate(
-    network: "Network", values: "Values", config: Config, stream_key: int, labels: "Sequence[int] | np.ndarray | int"
-) -> "np.ndarray":
+def compile_generator(
+    network: "Network", config: Config, stream_key: int
+) -> "Callable[[Values, np.ndarray | int], np.ndarray]":
     """Images from the generator with its batch-norm averages: no image depends on another.
 
     Args:
         network: The generator.
-        values: Its variables' values.
         config: The run's settings.
         stream_key: Names the noise; row i of it makes image i.
-        labels: A class for each image; or, without labels, how many images.
 
     Returns:
-        `[N, H, W, C]` uint8.
+        A function of the variables' values and of a class for each image (or, without labels, of the number of
+        images) to `[N, H, W, C]` uint8. It is traced once.
     """
     import numpy as np
     import tensorflow as tf
@@ -46,30 +45,32 @@ def generate(
     from gan_dist.models import ARCHITECTURES
 
     model = config.model
-    total = labels if isinstance(labels, int) else len(labels)
-    # Whole chunks, so that the function is traced once.
-    padded = -(-total // _CHUNK) * _CHUNK
-    classes = np.zeros(padded, np.int32)
-    if not isinstance(labels, int):
-        classes[:total] = labels
-    values = {name: tf.convert_to_tensor(value) for name, value in values.items()}
-    dtype = values[network.trainable[0]].dtype
+    dtype = network.initial[network.trainable[0]].dtype
 
     @tf.function
-    def chunk(first_row: tf.Tensor, labels_B: tf.Tensor) -> tf.Tensor:
+    def chunk(values: "Values", first_row: tf.Tensor, labels_B: tf.Tensor) -> tf.Tensor:
         noise_BZ = rng.normal(stream_key, 0, first_row, _CHUNK, model.latent_size)
         latent_BZ = tf.cast(noise_BZ * model.latent_stddev + model.latent_mean, dtype)
         one_hot = tf.one_hot(labels_B, network.num_classes, dtype=dtype) if network.num_classes else None
         return network(values, latent_BZ, one_hot, None)[0]
 
-    pixels = [
-        images.unscale(
-            chunk(tf.constant(row), tf.constant(classes[row : row + _CHUNK])).numpy(),
-            ARCHITECTURES[model.architecture].image_range,
-        )
-        for row in range(0, padded, _CHUNK)
-    ]
-    return np.concatenate(pixels)[:total]
+    def generate(values: "Values", labels: "np.ndarray | int") -> np.ndarray:
+        total = labels if isinstance(labels, int) else len(labels)
+        # Whole chunks: another shape would be traced again.
+        classes = np.zeros(-(-total // _CHUNK) * _CHUNK, np.int32)
+        if not isinstance(labels, int):
+            classes[:total] = labels
+        tensors = {name: tf.convert_to_tensor(value) for name, value in values.items()}
+        pixels = [
+            images.unscale(
+                chunk(tensors, tf.constant(row), tf.constant(classes[row : row + _CHUNK])).numpy(),
+                ARCHITECTURES[model.architecture].image_range,
+            )
+            for row in range(0, len(classes), _CHUNK)
+        ]
+        return np.concatenate(pixels)[:total]
+
+    return generate
 
 
 def grid_labels(num_images: int, num_classes: int) -> "np.ndarray":
@@ -124,7 +125,7 @@ def main(argv: Sequence[str]) -> None:
     if num_classes:
         labels = grid_labels(count, num_classes) if options.label < 0 else np.full(count, options.label, np.int32)
     with scope.scope():
-        pixels = generate(generator, values, stored, rng.key(options.sample_seed, "sample"), labels)
+        pixels = compile_generator(generator, stored, rng.key(options.sample_seed, "sample"))(values, labels)
     try:
         output.parent.mkdir(parents=True, exist_ok=True)
         if output.suffix == ".png":
@@ -146,7 +147,9 @@ def _step(commits: Path, asked: int) -> int:
     if asked < 0:
         newest = checkpoints.newest_valid(commits)
         if newest is None:
-            raise CheckpointError(f"{commits} holds no commit yet; wait for the run's first, or give another --workdir.")
+            raise CheckpointError(
+                f"{commits} holds no commit yet; wait for the run's first, or give another --workdir."
+            )
         return newest
     if asked not in checkpoints.steps(commits):
         raise UsageError(f"--checkpoint_step={asked} is not there; there are {checkpoints.steps(commits)}.")

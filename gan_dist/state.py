@@ -77,7 +77,7 @@ def _variables(values: dict[str, np.ndarray]) -> Variables:
     return {
         # Every replica writes the same value to its own copy (optimizers.assign), so nothing is ever aggregated.
         name: tf.Variable(
-            value,
+            tf.convert_to_tensor(value),
             trainable=False,
             synchronization=tf.VariableSynchronization.ON_WRITE,
             aggregation=tf.VariableAggregation.ONLY_FIRST_REPLICA,

@@ -170,7 +170,7 @@ def _update(config: Config, state: State, layout: Layout) -> Callable[..., tf.Te
             d_loss = tf.reduce_sum(objective.discriminator(real_logits_B, fake_logits_B)) / layout.global_batch
         accuracy_real = tf.reduce_sum(tf.cast(real_logits_B > 0, d_loss.dtype)) / layout.global_batch
         accuracy_fake = tf.reduce_sum(tf.cast(fake_logits_B < 0, d_loss.dtype)) / layout.global_batch
-        gradients = tape.gradient(d_loss, weights)
+        gradients: dict[str, Any] = tape.gradient(d_loss, weights)
         extras = pack(d_loss, accuracy_real, accuracy_fake, averages=averages)
         d_reduced = optimizers.reduce_packed(list(gradients.values()), extras, all_reduce)
         discriminator_adam.apply(

@@ -74,8 +74,8 @@ def plan(devices: DeviceConfig, cluster: Cluster, gpus_here: int) -> Plan:
         )
     if kind != "multi_worker" and workers > 1:
         raise UsageError(
-            f"--strategy={kind} does not fit a cluster of {workers} workers (TF_CONFIG), which would each train a model "
-            "of their own; use --strategy=auto, or unset TF_CONFIG."
+            f"--strategy={kind} does not fit a cluster of {workers} workers (TF_CONFIG): each would train its own "
+            "model; use --strategy=auto, or unset TF_CONFIG."
         )
     if kind == "multi_worker" and accelerator == "cpu" and count > 1:
         # MultiWorkerMirroredStrategy takes one CPU device a worker, whatever the number of logical devices.

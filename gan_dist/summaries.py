@@ -43,7 +43,9 @@ class Writer:
         )
         if first == 0:
             with self._events.as_default():
-                tf.summary.text("config", "    " + json.dumps(config_lib.to_dict(config), indent=2).replace("\n", "\n    "), 0)
+                tf.summary.text(
+                    "config", "    " + json.dumps(config_lib.to_dict(config), indent=2).replace("\n", "\n    "), 0
+                )
 
     def close(self) -> None:
         """Writes out what is still held back."""

@@ -1,6 +1,5 @@
 """`python -m gan_dist.train`: parse, resolve, print or run."""
 
-import dataclasses
 import logging
 import os
 import sys
