@@ -56,7 +56,7 @@ def plan(devices: DeviceConfig, cluster: Cluster, gpus_here: int) -> Plan:
     """
     accelerator = devices.accelerator
     if accelerator == "auto":
-        accelerator = "gpu" if gpus_here else "cpu"
+        accelerator = "gpu" if gpus_here and devices.precision != "float64" else "cpu"
     split = devices.virtual_devices_per_gpu if accelerator == "gpu" else 1
     count = (devices.num_devices or (gpus_here if accelerator == "gpu" else 0) or 1) * split
     workers = len(cluster.workers)
