@@ -15,10 +15,11 @@ def scale(pixels_NHWC: tf.Tensor, image_range: tuple[float, float]) -> tf.Tensor
 
 
 def unscale(images_NHWC: np.ndarray, image_range: tuple[float, float]) -> np.ndarray:
-    """Floats in `image_range` to uint8, rounded; what lies outside is clipped."""
+    """Floats in `image_range` to uint8, rounded; what lies outside is clipped, NaN is black."""
     low, high = image_range
     pixels = (np.asarray(images_NHWC, np.float32) - low) * (255.0 / (high - low))
-    return np.clip(np.rint(pixels), 0, 255).astype(np.uint8)
+    # NaN has no uint8: black.
+    return np.clip(np.rint(np.nan_to_num(pixels)), 0, 255).astype(np.uint8)
 
 
 def grid(pixels_NHWC: np.ndarray, columns: int) -> np.ndarray:

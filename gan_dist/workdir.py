@@ -52,7 +52,7 @@ def read_config(workdir: Path) -> Config | None:
     try:
         stored = json.loads(path.read_text(encoding="utf-8"))
         return config_lib.from_dict(stored["config"])
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         return None
     except PermissionError as error:
         raise EnvironmentFault(f"--workdir={workdir}: {path} cannot be read ({error.strerror}).") from error

@@ -36,7 +36,8 @@ def test_a_state_starts_with_the_average_at_the_generator_and_empty_moments():
 
 def test_initial_values_depend_on_the_seed_alone():
     first, again, other = (
-        runs.Training(runs.config(*runs.TINY, f"--seed={seed}")).values()["discriminator/0_kernel"] for seed in (1, 1, 2)
+        runs.Training(runs.config(*runs.TINY, f"--seed={seed}")).values()["discriminator/0_kernel"]
+        for seed in (1, 1, 2)
     )
     np.testing.assert_array_equal(first, again)
     assert np.abs(first - other).max() > 0.01

@@ -1,0 +1,169 @@
+"""The order of things, in this process."""
+
+import dataclasses
+import json
+
+import numpy as np
+import pytest
+import runs
+import tensorflow as tf
+from tensorboard.backend.event_processing.event_file_loader import EventFileLoader
+
+from gan_dist import loop, strategy
+from gan_dist import step as step_lib
+from gan_dist.config import Config, LoopConfig, RunConfig
+from gan_dist.errors import CheckpointError, Diverged, UsageError
+
+RHYTHM = ("--log_every_steps=4", "--sample_every_steps=6", "--checkpoint_every_steps=5", "--steps_per_loop=3")
+
+
+def train(workdir, *flags):
+    config = runs.config(*runs.TINY, *RHYTHM, f"--workdir={workdir}", *flags)
+    loop.train(config, strategy.create(config.devices))
+
+
+def rows(workdir):
+    return [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+
+
+def tensorboard_steps(workdir, tag):
+    files = sorted((workdir / "tensorboard").iterdir())
+    found = [event for path in files for event in EventFileLoader(str(path)).Load()]
+    return [event.step for event in found for value in event.summary.value if value.tag == tag]
+
+
+def test_a_run_leaves_everything_that_the_readme_says(tmp_path):
+    train(tmp_path, "--train_steps=13", "--conditional")
+    files = {str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*") if path.is_file()}
+    commits = {f"checkpoints/ckpt-{s}.{e}" for s in (5, 10, 13) for e in ("json", "index", "data-00000-of-00001")}
+    samples = {f"samples/step-{s}.png" for s in (0, 6, 12, 13)}
+    events = {name for name in files if name.startswith("tensorboard/events.out.tfevents.")}
+    assert len(events) == 1
+    assert files == {"config.json", "metrics.jsonl", *commits, *samples, *events}
+    stored = json.loads((tmp_path / "config.json").read_text())
+    assert stored["config"]["run"]["train_steps"] == 13
+    assert stored["environment"]["versions"]["tensorflow"] == tf.__version__
+    assert stored["environment"]["intra_op_threads"] >= 1 and "command" in stored
+
+
+def test_scalars_have_the_names_of_the_interface_and_hold_together(tmp_path):
+    train(tmp_path, "--train_steps=10", "--num_devices=2")
+    assert [row["step"] for row in rows(tmp_path)] == [4, 8, 10]
+    for row in rows(tmp_path):
+        assert set(row) == {
+            *("step", "kimg", "loss/generator", "loss/discriminator", "accuracy/real", "accuracy/fake"),
+            *("gradient_norm/generator", "gradient_norm/discriminator", "img/s", "img/s/replica", "sec/step"),
+            *("data_wait_pct", "skipped_steps", "memory_gb"),
+        }
+        assert row["kimg"] == row["step"] * 8 / 1000
+        assert row["img/s"] == pytest.approx(8 / row["sec/step"]) == pytest.approx(2 * row["img/s/replica"])
+        assert 0 <= row["accuracy/real"] <= 1 and 0 <= row["data_wait_pct"] <= 100 and row["skipped_steps"] == 0
+    assert tensorboard_steps(tmp_path, "loss/generator") == [4, 8, 10]
+
+
+def test_a_stopped_run_goes_on_to_the_same_weights_and_shows_no_step_twice(tmp_path):
+    straight, stopped = tmp_path / "straight", tmp_path / "stopped"
+    train(straight, "--train_steps=13")
+    train(stopped, "--train_steps=7")
+    # As if killed at step 7 after the commit at 5: what was written since stays behind.
+    for path in (stopped / "checkpoints").glob("ckpt-7.*"):
+        path.unlink()
+    train(stopped, "--train_steps=13")
+    runs.assert_close(runs.committed(stopped, 13), runs.committed(straight, 13), atol=0)
+    assert [row["step"] for row in rows(stopped)] == [4, 8, 12, 13]
+    assert tensorboard_steps(stopped, "loss/generator") == [4, 8, 12, 13]
+    assert tensorboard_steps(stopped, "samples") == tensorboard_steps(straight, "samples") == [0, 6, 12, 13]
+
+
+def test_another_number_of_replicas_goes_on_with_the_same_order_and_noise(tmp_path):
+    straight, moved = tmp_path / "straight", tmp_path / "moved"
+    train(straight, "--train_steps=10", "--precision=float64")
+    train(moved, "--train_steps=5", "--precision=float64", "--num_devices=4")
+    train(moved, "--train_steps=10", "--precision=float64", "--num_devices=2")
+    runs.assert_close(runs.committed(moved, 10), runs.committed(straight, 10), atol=1e-9)
+
+
+def test_a_finished_run_is_left_as_it_is(tmp_path):
+    train(tmp_path, "--train_steps=5")
+    before = {path: path.stat().st_mtime_ns for path in (tmp_path / "checkpoints").iterdir()}
+    train(tmp_path, "--train_steps=5")
+    assert {path: path.stat().st_mtime_ns for path in (tmp_path / "checkpoints").iterdir()} == before
+    assert len(rows(tmp_path)) == 2
+
+
+def test_rhythms_that_are_off_leave_the_first_and_the_last_commit(tmp_path):
+    off = ("--log_every_steps=0", "--sample_every_steps=0", "--checkpoint_every_steps=0", "--checkpoint_every_secs=0")
+    train(tmp_path, "--train_steps=4", *off)
+    assert sorted(path.name for path in (tmp_path / "checkpoints").glob("*.json")) == ["ckpt-0.json", "ckpt-4.json"]
+    assert not list((tmp_path / "samples").iterdir()) and not rows(tmp_path)
+
+
+def test_a_commit_is_made_when_the_last_is_old(tmp_path):
+    train(tmp_path, "--train_steps=9", "--checkpoint_every_steps=0", "--checkpoint_every_secs=1e-9")
+    # Blocks end at 3, 4, 6, 8 and 9: each is later than a nanosecond after the last.
+    assert sorted(path.name for path in (tmp_path / "checkpoints").glob("*.json")) == [
+        *("ckpt-6.json", "ckpt-8.json", "ckpt-9.json")
+    ]
+
+
+def test_init_from_takes_the_weights_and_nothing_else(tmp_path):
+    train(tmp_path / "old", "--train_steps=5")
+    train(tmp_path / "new", "--train_steps=1", f"--init_from={tmp_path / 'old'}", "--seed=3", "--keep_checkpoints=9")
+    old, new = runs.committed(tmp_path / "old", 5), runs.committed(tmp_path / "new", 0)
+    for key, value in new.items():
+        if key.startswith(("generator/", "discriminator/", "ema/")):
+            np.testing.assert_array_equal(value, old[key], err_msg=key)
+        else:
+            assert not value.any(), key
+
+
+def test_init_from_refuses_other_networks_and_leaves_nothing_half_done(tmp_path):
+    train(tmp_path / "old", "--train_steps=1")
+    with pytest.raises(UsageError, match="--init_from"):
+        train(tmp_path / "new", "--train_steps=1", f"--init_from={tmp_path / 'old'}", "--width=8")
+    train(tmp_path / "new", "--train_steps=1", "--width=8")
+    assert rows(tmp_path / "new")[-1]["step"] == 1
+
+
+def test_another_model_in_the_folder_is_refused_with_a_diff_and_nothing_is_lost(tmp_path):
+    train(tmp_path, "--train_steps=5")
+    before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+    with pytest.raises(UsageError) as error:
+        train(tmp_path, "--train_steps=9", "--width=8", "--seed=1")
+    assert "--width: 4 in the run, 8 now" in str(error.value) and "--seed: 0 in the run, 1 now" in str(error.value)
+    assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == before
+
+
+def test_checkpoints_that_are_all_damaged_end_the_run_and_never_start_it_over(tmp_path):
+    train(tmp_path, "--train_steps=5")
+    for path in (tmp_path / "checkpoints").glob("*.index"):
+        path.write_bytes(b"")
+    with pytest.raises(CheckpointError, match="no usable commit"):
+        train(tmp_path, "--train_steps=9")
+    assert not (tmp_path / "checkpoints" / "ckpt-9.json").exists()
+
+
+def test_numbers_that_stay_not_finite_end_the_run_and_the_commit_before_stays(tmp_path):
+    with pytest.raises(Diverged, match="from 0 to 3"):
+        train(tmp_path, "--train_steps=5", "--latent_mean=3e38", "--latent_stddev=1e38")
+    assert (tmp_path / "checkpoints" / "ckpt-0.json").exists()
+
+
+def test_blocks_end_at_whatever_is_due_next():
+    config = Config(run=RunConfig(train_steps=20), loop=LoopConfig(7, 10, 0, 3, 0, 0))
+    config = dataclasses.replace(config, devices=dataclasses.replace(config.devices, steps_per_loop=5))
+    assert list(loop.blocks(0, config)) == [(0, 5), (5, 7), (7, 10), (10, 14), (14, 19), (19, 20)]
+    assert list(loop.blocks(12, config)) == [(12, 14), (14, 19), (19, 20)]
+    assert list(loop.blocks(20, config)) == []
+
+
+def test_rates_leave_out_the_block_that_compiles():
+    meter = loop._Meter(runs.Layout(10, 2))
+    ones = np.ones(len(step_lib.SCALARS))
+    meter.add(2, ones * 2, 0, 1.0, 50.0)
+    meter.add(4, ones * 2, 2, 0.5, 2.0)
+    values = meter.read(6)
+    assert values["sec/step"] == 0.5 and values["img/s"] == 20 and values["img/s/replica"] == 10
+    assert values["data_wait_pct"] == 25 and values["skipped_steps"] == 2 and values["loss/generator"] == 1
+    meter.add(4, ones * 4, 0, 0.0, 4.0)
+    assert meter.read(10)["sec/step"] == 1.0
