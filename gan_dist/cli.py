@@ -110,6 +110,9 @@ def _expand(arguments: Sequence[str], chain: tuple[Path, ...], top: list[Path]) 
             continue
         elif argument.startswith(("--flagfile=", "-flagfile=")):
             name = argument.split("=", 1)[1]
+        elif argument.lstrip("-").startswith("undefok"):
+            # absl's own way to let misspelt flags pass.
+            raise UsageError(f"{argument} is not a flag of gan_dist: every flag must be known; take it out.")
         else:
             yield argument
             continue
@@ -124,6 +127,8 @@ def _expand(arguments: Sequence[str], chain: tuple[Path, ...], top: list[Path]) 
 
 
 def _find(name: str, including: Path | None) -> Path:
+    if not name or "\0" in name:
+        raise UsageError(f"--flagfile={name!r} is not the name of a file; write --flagfile=configs/quickstart.cfg.")
     path = Path(name) if including is None else including.parent / name
     if including is None and not path.exists() and path.parts[:1] == ("configs",):
         # Outside a checkout: the file of that name in the installed package.
@@ -133,13 +138,13 @@ def _find(name: str, including: Path | None) -> Path:
 
 def _lines(path: Path) -> list[str]:
     try:
-        lines = [line.strip() for line in path.read_text(encoding="utf-8").splitlines()]
-    except (OSError, UnicodeDecodeError) as error:
+        lines = [line.strip() for line in path.read_text(encoding="utf-8-sig").splitlines()]
+    except (OSError, ValueError) as error:
         reason = error.strerror if isinstance(error, OSError) else "not UTF-8 text"
         raise UsageError(f"--flagfile={path} cannot be read: {reason}. Give the path of a file of flags.") from error
     lines = [line for line in lines if line and not line.startswith(("#", "//"))]
     for line in lines:
-        if not line.startswith("-"):
+        if not line.startswith("-") or any(c.isspace() for c in line.partition("=")[0]):
             raise UsageError(f"--flagfile={path}: the line {line!r} is not a flag; write --name=value, a flag a line.")
     return lines
 

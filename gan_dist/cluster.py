@@ -37,7 +37,7 @@ def from_environment(environment: Mapping[str, str]) -> Cluster:
         return Cluster()
     try:
         spec: Any = json.loads(text)
-    except json.JSONDecodeError as error:
+    except (ValueError, RecursionError) as error:
         raise _fault(text, f"not JSON ({error}).") from error
     spec = spec if isinstance(spec, dict) else {}
     jobs, task = spec.get("cluster"), spec.get("task")
@@ -62,4 +62,5 @@ def _is_address(worker: Any) -> bool:
     if not isinstance(worker, str):
         return False
     host, colon, port = worker.rpartition(":")
-    return bool(host and colon) and port.isascii() and port.isdigit() and 0 < int(port) < 65536
+    digits = port.isascii() and port.isdigit() and len(port) <= 5 and port[0] != "0"
+    return bool(host and colon and not any(c.isspace() for c in host)) and digits and 0 < int(port) < 65536

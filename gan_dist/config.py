@@ -12,6 +12,9 @@ from typing import Any
 
 from gan_dist.errors import UsageError
 
+# Of a whole number: positions in the stream of images are 64-bit, and a step takes up to this many of them.
+_LARGEST = 2**31 - 1
+
 
 @dataclasses.dataclass(frozen=True)
 class Option:
@@ -268,11 +271,13 @@ def check_value(setting: Setting, value: Any) -> None:
         raise UsageError(f"{flag} is not one of: {known}.")
     if isinstance(value, float) and value != value:
         raise UsageError(f"{flag} is not a number; give a number{unit}.")
+    if setting.type is int and value > _LARGEST:
+        raise UsageError(f"{flag} is too large; give at most {_LARGEST}{unit}.")
     if o.minimum is not None and value < o.minimum:
         raise UsageError(f"{flag} is too small; give at least {o.minimum}{unit}.")
     if o.above is not None and not value > o.above:
         raise UsageError(f"{flag} is too small; give more than {o.above}{unit}.")
-    if isinstance(value, float) and value == float("inf"):
+    if isinstance(value, float) and abs(value) == float("inf"):
         raise UsageError(f"{flag} is not finite; give a finite number{unit}.")
     if o.below is not None and not value < o.below:
         raise UsageError(f"{flag} is too large; give less than {o.below}{unit}.")
@@ -332,7 +337,7 @@ def from_dict(values: Mapping[str, Mapping[str, Any]]) -> Config:
             setting = known.get((section, name))
             if setting is None:
                 raise UsageError(f"The stored configuration has {section}.{name}, which this version does not know.")
-            if setting.type is float and type(value) is int:
+            if setting.type is float and type(value) is int and abs(value) <= _LARGEST:
                 value = float(value)
             if type(value) is not setting.type:
                 raise UsageError(

@@ -14,7 +14,8 @@ class Reduced:
     Attributes:
         gradients: In the order given.
         norm: Euclidean norm of all of them together.
-        finite: Whether gradients and extras are all finite. The same on every replica.
+        finite: Whether the norm and all extras are finite, which no gradient that is not finite lets the norm be. The
+            same on every replica.
         extras: The other sums, `[E]`.
     """
 

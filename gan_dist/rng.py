@@ -82,8 +82,6 @@ def example_order(seed: int, positions: np.ndarray, num_examples: int) -> np.nda
     positions = np.asarray(positions, np.int64)
     epochs, places = np.divmod(positions, num_examples)
     order = np.empty(positions.shape, np.int32)
-    if num_examples == 1:
-        return np.zeros(positions.shape, np.int32)
     # The kernel exists on CPU alone, and takes one seed a call.
     with tf.device("CPU:0"):
         for epoch in np.unique(epochs):

@@ -49,6 +49,11 @@ def main(argv: Sequence[str]) -> None:
             f"Out of memory on a device: {error.message.splitlines()[0]} Use more devices (--num_devices), a smaller "
             "--global_batch_size or --width, or --precision=bfloat16; --dry_run shows the memory that a replica needs."
         ) from error
+    except OSError as error:
+        raise EnvironmentFault(
+            f"--workdir={config.run.workdir}: {error}. Make room or give write permission, and run the same command "
+            "again: it goes on from the last commit."
+        ) from error
     except (
         tf.errors.UnavailableError,
         tf.errors.DeadlineExceededError,

@@ -21,11 +21,15 @@ CONFIG, METRICS, CHECKPOINTS, TENSORBOARD, SAMPLES = (
 def write_whole(path: Path, content: bytes) -> None:
     """Writes a file so that a reader, or a machine that stops now, sees the old content or the new, never a part."""
     partial = path.with_name(path.name + ".partial")
-    with open(partial, "wb") as file:
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(partial, path)
+    try:
+        with open(partial, "wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(partial, path)
+    except OSError:
+        partial.unlink(missing_ok=True)
+        raise
     sync_folder(path.parent)
 
 
@@ -56,8 +60,11 @@ def read_config(workdir: Path) -> Config | None:
         return None
     except PermissionError as error:
         raise EnvironmentFault(f"--workdir={workdir}: {path} cannot be read ({error.strerror}).") from error
-    except UsageError:
-        raise
+    except UsageError as error:
+        raise UsageError(
+            f"--workdir={workdir}: {error} It may be of another version of gan_dist ({path}); use that version, or "
+            "start in another folder."
+        ) from error
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise CheckpointError(
             f"--workdir={workdir}: {path} is damaged ({error}). Restore it from a copy, or start in another folder."
