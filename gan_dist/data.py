@@ -55,7 +55,7 @@ def on_replicas(strategy: tf.distribute.Strategy, array: np.ndarray) -> object:
     return strategy.experimental_distribute_values_from_function(copy)
 
 
-def order(seed: int, first: int, last: int, global_batch: int, num_examples: int) -> np.ndarray:
+def order(seed: int, first: int, last: int, global_batch: int, num_examples: int, attempt: int = 0) -> np.ndarray:
     """Which example stands in each row of steps `first` to `last - 1`: `[last - first, global_batch]` int32."""
     positions = np.arange(first * global_batch, last * global_batch, dtype=np.int64)
-    return rng.example_order(seed, positions.reshape(-1, global_batch), num_examples)
+    return rng.example_order(seed, positions.reshape(-1, global_batch), num_examples, attempt)

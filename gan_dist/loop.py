@@ -74,7 +74,7 @@ def train(config: Config, strategy: tf.distribute.Strategy) -> None:
             fed = time.monotonic()
             sums, skipped = advance(tf.constant(order))
             meter.add(end - start, sums.numpy(), int(skipped), fed - began, time.monotonic() - began)
-            step = int(state.step.numpy())
+            step = int(state.counters["step"].numpy())
             if int(skipped) == end - start:
                 raise Diverged(
                     f"Every step from {start} to {end} had numbers that are not finite; the commits before stay. "

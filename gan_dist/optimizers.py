@@ -1,10 +1,12 @@
-"""One reduction of all gradients over the replicas, and Adam with the finite flag folded into its update."""
+"""One reduction of all gradients over the replicas, Adam as a pure function, and the assignment that may be skipped."""
 
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import tensorflow as tf
+
+Values = Mapping[str, Any]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -39,12 +41,17 @@ def reduce_packed(
     return Reduced(summed, norm, finite, extras)
 
 
-def assign(variable: tf.Variable, value: tf.Tensor) -> None:
-    """Assigns to this replica's copy; the value must be the same on every replica.
+def assign_where(
+    where: tf.Tensor, variables: Sequence[tf.Variable], new: Sequence[tf.Tensor], old: Sequence[tf.Tensor]
+) -> None:
+    """Gives this replica's copies of `variables` the values `new`, or leaves them at `old` where `where` is false.
 
-    `variable.assign` would start a reduction of its own.
+    The values must be the same on every replica: `variable.assign` would start a reduction of its own. The choice is
+    between whole tensors, so it costs no pass over them.
     """
-    tf.raw_ops.AssignVariableOp(resource=variable.handle, value=value)
+    chosen = tf.cond(where, lambda: list(new), lambda: list(old))
+    for variable, value in zip(variables, chosen, strict=True):
+        tf.raw_ops.AssignVariableOp(resource=variable.handle, value=value)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -61,35 +68,17 @@ class Adam:
         """The names of a variable's first and second moment."""
         return f"{name}_m", f"{name}_v"
 
-    def apply(
-        self,
-        gradients: Mapping[str, tf.Tensor],
-        variables: Mapping[str, tf.Variable],
-        state: Mapping[str, tf.Variable],
-        where: tf.Tensor,
-    ) -> None:
-        """Updates `variables` and `state` (`count` and the slots) in place, or nothing where `where` is false."""
-        count = tf.convert_to_tensor(state["count"])
-        step = tf.cast(count + 1, tf.float64)
-        powers = [tf.pow(tf.constant(b, tf.float64), step) for b in (self.beta1, self.beta2)]
+    def update(self, gradients: Values, values: Values, state: Values) -> tuple[dict[str, Any], dict[str, Any]]:
+        """The values after one update, and the state (`count` and the slots) after it. Changes nothing in place."""
+        step = tf.cast(state["count"] + 1, tf.float64)
+        # The corrections of both moments, in the step size.
+        rate = self.learning_rate * tf.sqrt(1 - tf.pow(tf.constant(self.beta2, tf.float64), step))
+        rate /= 1 - tf.pow(tf.constant(self.beta1, tf.float64), step)
+        new_values, new_state = {}, {"count": state["count"] + 1}
         for name, gradient in gradients.items():
-            m, v = (state[slot] for slot in self.slots(name))
-
-            def scalar(x: float, otherwise: float, dtype: tf.DType = gradient.dtype) -> tf.Tensor:
-                return tf.where(where, tf.constant(x, dtype), tf.constant(otherwise, dtype))
-
-            # With the betas at 1, the step size at 0 and the gradient at 0, the kernel writes back what it read:
-            # a skipped step costs no copy of the state.
-            tf.raw_ops.ResourceApplyAdam(
-                var=variables[name].handle,
-                m=m.handle,
-                v=v.handle,
-                beta1_power=tf.cast(powers[0], gradient.dtype),
-                beta2_power=tf.cast(powers[1], gradient.dtype),
-                lr=scalar(self.learning_rate, 0.0),
-                beta1=scalar(self.beta1, 1.0),
-                beta2=scalar(self.beta2, 1.0),
-                epsilon=tf.constant(self.epsilon, gradient.dtype),
-                grad=tf.where(where, gradient, tf.zeros_like(gradient)),
-            )
-        assign(state["count"], count + tf.cast(where, tf.int64))
+            slot_m, slot_v = self.slots(name)
+            m = state[slot_m] + (gradient - state[slot_m]) * (1 - self.beta1)
+            v = state[slot_v] + (tf.square(gradient) - state[slot_v]) * (1 - self.beta2)
+            new_values[name] = values[name] - tf.cast(rate, gradient.dtype) * m / (tf.sqrt(v) + self.epsilon)
+            new_state[slot_m], new_state[slot_v] = m, v
+        return new_values, new_state

@@ -23,6 +23,11 @@ def key(seed: int, stream: str) -> int:
     return int.from_bytes(hashlib.sha256(f"{seed}/{stream}".encode()).digest()[:8], "little")
 
 
+def clock(step: tf.Tensor | int, attempt: tf.Tensor | int) -> tf.Tensor:
+    """The `step` of the functions below for a step and an attempt at it: other noise for each of both."""
+    return tf.cast(attempt, tf.int64) * 2**48 + tf.cast(step, tf.int64)
+
+
 def _counter(first_row: tf.Tensor | int, blocks_per_row: int, step: tf.Tensor | int) -> tf.Tensor:
     low = tf.cast(first_row, tf.int64) * blocks_per_row
     return tf.bitcast(tf.stack([low, tf.cast(step, tf.int64)]), tf.uint64)
@@ -68,13 +73,14 @@ def classes(
     return tf.cast(tf.cast(bits[:, 0], tf.int64) % num_classes, tf.int32)
 
 
-def example_order(seed: int, positions: np.ndarray, num_examples: int) -> np.ndarray:
+def example_order(seed: int, positions: np.ndarray, num_examples: int, attempt: int = 0) -> np.ndarray:
     """Which example stands at each global position: `permute(p mod n)` of epoch `p div n`.
 
     Args:
         seed: The run's seed.
         positions: int64, any shape; position p is image p since the start of the run.
         num_examples: n.
+        attempt: Another number gives another permutation.
 
     Returns:
         int32 of the same shape, each in `[0, n)`; every n positions hold each example once.
@@ -85,7 +91,7 @@ def example_order(seed: int, positions: np.ndarray, num_examples: int) -> np.nda
     # The kernel exists on CPU alone, and takes one seed a call.
     with tf.device("CPU:0"):
         for epoch in np.unique(epochs):
-            bits = key(seed, f"data/epoch/{epoch}")
+            bits = key(seed, f"data/epoch/{epoch}" + (f"/attempt/{attempt}" if attempt else ""))
             seeds = tf.constant([bits & 0x7FFFFFFF, bits >> 33], tf.int32)
             here = epochs == epoch
             order[here] = tf.random.experimental.index_shuffle(

@@ -12,6 +12,8 @@ from gan_dist.optimizers import Adam
 
 Variables = dict[str, tf.Variable]
 
+COUNTERS = ("step", "skipped_steps", "consecutive_skips", "attempt")
+
 
 @dataclasses.dataclass(frozen=True)
 class State:
@@ -22,7 +24,9 @@ class State:
         generator_variables, discriminator_variables: Their values, by the network's names.
         ema: Running average of `generator_variables`, parameters and batch-norm averages alike.
         generator_optimizer, discriminator_optimizer: `count` (updates made) and Adam's moments.
-        step: Steps done, int64. The one source of the step.
+        counters: int64 numbers: `step`, steps done, the one source of the step; `skipped_steps`, how many of them
+            changed nothing else; `consecutive_skips`, of these the last ones in a row; `attempt`, how often the run
+            went back to a commit for too many of those: it changes noise and order of the data.
     """
 
     generator: Network
@@ -32,7 +36,7 @@ class State:
     ema: Variables
     generator_optimizer: Variables
     discriminator_optimizer: Variables
-    step: tf.Variable
+    counters: Variables
 
     def flat(self) -> Variables:
         """All variables by the key that they have in a checkpoint. The same for every strategy."""
@@ -44,7 +48,7 @@ class State:
             "discriminator_optimizer": self.discriminator_optimizer,
         }
         flat = {f"{group}/{name}": v for group, variables in groups.items() for name, v in variables.items()}
-        return {**flat, "step": self.step}
+        return {**flat, **self.counters}
 
 
 def networks(config: Config, num_classes: int) -> tuple[Network, Network]:
@@ -64,7 +68,7 @@ def create(config: Config, strategy: tf.distribute.Strategy, num_classes: int) -
             ema=_variables(generator.initial),
             generator_optimizer=_variables(_adam_zeros(generator)),
             discriminator_optimizer=_variables(_adam_zeros(discriminator)),
-            step=_variables({"step": np.zeros([], np.int64)})["step"],
+            counters=_variables({name: np.zeros([], np.int64) for name in COUNTERS}),
         )
 
 

@@ -18,7 +18,7 @@ from gan_dist.layout import Layout
 from gan_dist.losses import OBJECTIVES
 from gan_dist.models import ARCHITECTURES, BatchStatistics
 from gan_dist.optimizers import Adam
-from gan_dist.state import State, Variables
+from gan_dist.state import State
 
 # What a step reports, all of it equal on all replicas.
 SCALARS = (
@@ -50,7 +50,7 @@ def compile_block(
     """
     replicas = layout.replicas
     update = _update(config, state, layout)
-    # Noise is drawn outside: XLA's Philox walks its counter in another order.
+    # The noise stays outside: XLA's Philox walks its counter in another order.
     if config.devices.xla == "on" or (config.devices.xla == "auto" and replicas == 1 and _on_gpu(strategy)):
         update = tf.function(update, jit_compile=True)
     streams = {name: rng.key(config.run.seed, name) for name in ("noise/d", "noise/g", "labels/d", "labels/g")}
@@ -74,17 +74,15 @@ def compile_block(
         first_row = layout.first_row(tf.cast(context.replica_id_in_sync_group, tf.int32))
         order_B = order_G[first_row : first_row + batch]
         order_B.set_shape([batch])
-        step = tf.convert_to_tensor(state.step)
-        scalars = update(
+        clock = rng.clock(*(tf.convert_to_tensor(state.counters[name]) for name in ("step", "attempt")))
+        return update(
             tf.cast(images.scale(tf.gather(pixels_NHWC, order_B), range_of), dtype),
             one_hot(tf.gather(labels_N, order_B)) if num_classes else None,
-            latent("noise/d", step, first_row),
-            drawn_labels("labels/d", step, first_row),
-            latent("noise/g", step, first_row),
-            drawn_labels("labels/g", step, first_row),
+            latent("noise/d", clock, first_row),
+            drawn_labels("labels/d", clock, first_row),
+            latent("noise/g", clock, first_row),
+            drawn_labels("labels/g", clock, first_row),
         )
-        optimizers.assign(state.step, step + 1)
-        return scalars
 
     @tf.function(
         input_signature=[
@@ -111,12 +109,17 @@ def _on_gpu(strategy: tf.distribute.Strategy) -> bool:
 
 
 def _update(config: Config, state: State, layout: Layout) -> Callable[..., tf.Tensor]:
-    """Discriminator, then generator on fresh noise; returns `SCALARS`, NaN among them where the step was skipped."""
+    """Discriminator, then generator on fresh noise; returns `SCALARS`, NaN all of them where the step was skipped."""
     optim, replicas = config.optim, layout.replicas
     objective = OBJECTIVES[optim.loss]
-    generator_adam = Adam(optim.generator_lr, optim.adam_beta1, optim.adam_beta2, optim.adam_epsilon)
-    discriminator_adam = Adam(optim.discriminator_lr, optim.adam_beta1, optim.adam_beta2, optim.adam_epsilon)
     decay = ema_decay(optim.ema_half_life_kimg, layout.global_batch)
+
+    def adam(learning_rate: float) -> Callable[..., tuple[dict[str, tf.Tensor], dict[str, tf.Tensor]]]:
+        update = Adam(learning_rate, optim.adam_beta1, optim.adam_beta2, optim.adam_epsilon).update
+        # No collective and no variable lies inside: XLA makes one pass of it on any number of replicas.
+        return update if config.devices.xla == "off" else tf.function(update, jit_compile=True)
+
+    generator_adam, discriminator_adam = adam(optim.generator_lr), adam(optim.discriminator_lr)
 
     def all_reduce(x: tf.Tensor) -> tf.Tensor:
         if replicas == 1:
@@ -128,22 +131,23 @@ def _update(config: Config, state: State, layout: Layout) -> Callable[..., tf.Te
             BatchStatistics(groups, replicas, all_reduce) if config.model.sync_batch_norm else BatchStatistics(groups)
         )
 
-    def read(variables: Variables) -> dict[str, tf.Tensor]:
-        return {name: tf.convert_to_tensor(v) for name, v in variables.items()}
-
-    def pack(*scalars: tf.Tensor, averages: dict[str, tf.Tensor]) -> tf.Tensor:
+    def reduced(
+        gradients: dict[str, Any], scalars: list[tf.Tensor], averages: dict[str, tf.Tensor]
+    ) -> tuple[dict[str, tf.Tensor], tf.Tensor, tf.Tensor, list[tf.Tensor], dict[str, tf.Tensor]]:
+        """Gradients, norm, finite flag, scalars and averages, summed over replicas in one all-reduce."""
         # The new batch-norm averages travel with the gradients: equal already with sync_batch_norm, and made so
         # without it (the sum over replicas of 1/replicas of each).
         share = [tf.reshape(value, [-1]) / replicas for value in averages.values()]
-        return tf.concat([tf.stack(scalars), *share], 0)
-
-    def unpack(extras: tf.Tensor, scalars: int, averages: dict[str, tf.Tensor]) -> tuple[tf.Tensor, list[tf.Tensor]]:
-        head, *rest = tf.split(extras, [scalars, *(value.shape.num_elements() for value in averages.values())])
-        return head, rest
-
-    def write_averages(variables: Variables, names: dict[str, tf.Tensor], new: list[tf.Tensor], ok: tf.Tensor) -> None:
-        for name, value in zip(names, new, strict=True):
-            optimizers.assign(variables[name], tf.where(ok, value, tf.convert_to_tensor(variables[name])))
+        sizes = [value.shape.num_elements() for value in averages.values()]
+        sums = optimizers.reduce_packed(list(gradients.values()), tf.concat([tf.stack(scalars), *share], 0), all_reduce)
+        head, *rest = tf.split(sums.extras, [len(scalars), *sizes])
+        return (
+            dict(zip(gradients, sums.gradients, strict=True)),
+            sums.norm,
+            sums.finite,
+            tf.unstack(head),
+            dict(zip(averages, rest, strict=True)),
+        )
 
     def update(
         real_BHWC: tf.Tensor,
@@ -153,8 +157,11 @@ def _update(config: Config, state: State, layout: Layout) -> Callable[..., tf.Te
         fresh_latent_BZ: tf.Tensor,
         fresh_labels_BK: tf.Tensor | None,
     ) -> tf.Tensor:
+        variables = state.flat()
+        old = {key: tf.convert_to_tensor(variable) for key, variable in variables.items()}
+        d, g = _group(old, "discriminator"), _group(old, "generator")
+
         # Discriminator.
-        d, g = read(state.discriminator_variables), read(state.generator_variables)
         fake_BHWC, _ = state.generator(g, latent_BZ, fake_labels_BK, statistics(1))
         both_BHWC = tf.concat([real_BHWC, tf.stop_gradient(fake_BHWC)], 0)
         both_labels_BK = None
@@ -168,42 +175,49 @@ def _update(config: Config, state: State, layout: Layout) -> Callable[..., tf.Te
             # Summed here, divided by the *global* batch: gradients are summed over replicas below, so what Adam sees
             # is the gradient of the mean over the global batch.
             d_loss = tf.reduce_sum(objective.discriminator(real_logits_B, fake_logits_B)) / layout.global_batch
-        accuracy_real = tf.reduce_sum(tf.cast(real_logits_B > 0, d_loss.dtype)) / layout.global_batch
-        accuracy_fake = tf.reduce_sum(tf.cast(fake_logits_B < 0, d_loss.dtype)) / layout.global_batch
-        gradients: dict[str, Any] = tape.gradient(d_loss, weights)
-        extras = pack(d_loss, accuracy_real, accuracy_fake, averages=averages)
-        d_reduced = optimizers.reduce_packed(list(gradients.values()), extras, all_reduce)
-        discriminator_adam.apply(
-            dict(zip(weights, d_reduced.gradients, strict=True)),
-            state.discriminator_variables,
-            state.discriminator_optimizer,
-            where=d_reduced.finite,
+        right = [
+            tf.reduce_sum(tf.cast(guess, d_loss.dtype)) / layout.global_batch
+            for guess in (real_logits_B > 0, fake_logits_B < 0)
+        ]
+        gradients, d_norm, d_finite, d_scalars, averages = reduced(
+            tape.gradient(d_loss, weights), [d_loss, *right], averages
         )
-        d_scalars, new = unpack(d_reduced.extras, 3, averages)
-        write_averages(state.discriminator_variables, averages, new, d_reduced.finite)
+        new_weights, new_d_optimizer = discriminator_adam(gradients, weights, _group(old, "discriminator_optimizer"))
+        new_d = {**new_weights, **averages}
 
-        # Generator, against the discriminator as it is now. Its averages are not moved again.
-        d = read(state.discriminator_variables)
+        # Generator, against the discriminator as it will be. Its averages are not moved again.
         weights = {name: g[name] for name in state.generator.trainable}
         with tf.GradientTape(watch_accessed_variables=False) as tape:
             tape.watch(weights)
             fake_BHWC, averages = state.generator(g, fresh_latent_BZ, fresh_labels_BK, statistics(1))
-            logits_B, _ = state.discriminator(d, fake_BHWC, fresh_labels_BK, statistics(1))
+            logits_B, _ = state.discriminator(new_d, fake_BHWC, fresh_labels_BK, statistics(1))
             g_loss = tf.reduce_sum(objective.generator(logits_B)) / layout.global_batch
-        gradients = tape.gradient(g_loss, weights)
-        g_reduced = optimizers.reduce_packed(list(gradients.values()), pack(g_loss, averages=averages), all_reduce)
-        ok = d_reduced.finite & g_reduced.finite
-        generator_adam.apply(
-            dict(zip(weights, g_reduced.gradients, strict=True)),
-            state.generator_variables,
-            state.generator_optimizer,
-            where=ok,
-        )
-        g_scalars, new = unpack(g_reduced.extras, 1, averages)
-        write_averages(state.generator_variables, averages, new, ok)
+        gradients, g_norm, g_finite, g_scalars, averages = reduced(tape.gradient(g_loss, weights), [g_loss], averages)
+        new_weights, new_g_optimizer = generator_adam(gradients, weights, _group(old, "generator_optimizer"))
+        new_g = {**new_weights, **averages}
 
-        _average(state, decay, ok)
-        scalars = tf.stack([g_scalars[0], *tf.unstack(d_scalars), g_reduced.norm, d_reduced.norm])
+        # Nothing has been assigned yet: a step that is not finite leaves no trace but in the counters.
+        ok = d_finite & g_finite
+        rate = tf.cast(_ema_rate(decay, old["generator_optimizer/count"]), g_loss.dtype)
+        ema = _group(old, "ema")
+        new = {
+            **_keyed("discriminator", new_d),
+            **_keyed("discriminator_optimizer", new_d_optimizer),
+            **_keyed("generator", new_g),
+            **_keyed("generator_optimizer", new_g_optimizer),
+            **_keyed("ema", {name: average + rate * (new_g[name] - average) for name, average in ema.items()}),
+            "step": old["step"] + 1,
+            "skipped_steps": old["skipped_steps"],
+            "consecutive_skips": tf.zeros_like(old["consecutive_skips"]),
+            "attempt": old["attempt"],
+        }
+        skipped = {
+            **old,
+            **{name: old[name] + 1 for name in ("step", "skipped_steps", "consecutive_skips")},
+        }
+        keys = list(variables)
+        optimizers.assign_where(ok, [variables[k] for k in keys], [new[k] for k in keys], [skipped[k] for k in keys])
+        scalars = tf.stack([*g_scalars, *d_scalars, g_norm, d_norm])
         return tf.where(ok, scalars, tf.cast(float("nan"), scalars.dtype))
 
     return update
@@ -214,13 +228,18 @@ def ema_decay(half_life_kimg: float, global_batch: int) -> float:
     return 0.5 ** (global_batch / (1000 * half_life_kimg)) if half_life_kimg else 0.0
 
 
-def _average(state: State, decay: float, ok: tf.Tensor) -> None:
-    """Moves the running average of the generator."""
-    count = tf.cast(tf.convert_to_tensor(state.generator_optimizer["count"]), tf.float64)
+def _ema_rate(decay: float, updates: tf.Tensor) -> tf.Tensor:
+    """The share of the new weights in the average, after `updates` updates before this one."""
+    count = tf.cast(updates + 1, tf.float64)
     # A young average forgets faster, or the initial weights would stay in it for many half-lives
     # (as `num_updates` does in tf.train.ExponentialMovingAverage).
-    keep = tf.minimum(tf.constant(decay, tf.float64), (1 + count) / (10 + count))
-    rate = tf.where(ok, 1 - keep, tf.zeros_like(keep))
-    for name, variable in state.ema.items():
-        average, now = tf.convert_to_tensor(variable), tf.convert_to_tensor(state.generator_variables[name])
-        optimizers.assign(variable, average + tf.cast(rate, average.dtype) * (now - average))
+    return 1 - tf.minimum(tf.constant(decay, tf.float64), (1 + count) / (10 + count))
+
+
+def _group(values: dict[str, tf.Tensor], group: str) -> dict[str, tf.Tensor]:
+    """The values of `<group>/<name>`, by name."""
+    return {key.removeprefix(f"{group}/"): value for key, value in values.items() if key.startswith(f"{group}/")}
+
+
+def _keyed(group: str, values: dict[str, tf.Tensor]) -> dict[str, tf.Tensor]:
+    return {f"{group}/{name}": value for name, value in values.items()}

@@ -28,7 +28,11 @@ def gradients(dtype, step: int) -> dict[str, tf.Tensor]:
 
 
 def apply(adam: Adam, grads, weights, state, where=True) -> None:
-    adam.apply(grads, weights, state, where=tf.constant(where))
+    variables = [*(weights[name] for name in grads), *state.values()]
+    old = [tf.identity(v) for v in variables]
+    new_weights, new_state = adam.update(grads, *({n: tf.identity(v) for n, v in d.items()} for d in (weights, state)))
+    new = [*(new_weights[name] for name in grads), *(new_state[name] for name in state)]
+    optimizers.assign_where(tf.constant(where), variables, new, old)
 
 
 def bits(state: dict[str, tf.Variable]) -> dict[str, bytes]:
@@ -157,7 +161,25 @@ def test_a_number_that_is_not_finite_on_another_replica_is_seen():
     assert not optimizers.reduce_packed([tf.ones([2])], tf.ones([1]), all_reduce).finite.numpy()
 
 
-def test_assign_writes_the_value():
+def test_an_update_changes_nothing_in_place():
+    ours, state = variables(np.float64), zeros(np.float64)
+    before = bits(ours) | bits(state)
+    ADAM.update(gradients(np.float64, 0), ours, state)
+    assert bits(ours) | bits(state) == before
+
+
+def test_compiled_and_plain_updates_agree():
+    ours, state = variables(np.float64), zeros(np.float64)
+    values = [{name: tf.identity(v) for name, v in d.items()} for d in (ours, state)]
+    plain = ADAM.update(gradients(np.float64, 0), *values)
+    compiled = tf.function(ADAM.update, jit_compile=True)(gradients(np.float64, 0), *values)
+    for one, other in zip(plain, compiled, strict=True):
+        for name, value in one.items():
+            np.testing.assert_allclose(other[name], value, rtol=1e-12, err_msg=name)
+
+
+@pytest.mark.parametrize(("where", "expected"), [(True, [3.0, 4.0]), (False, [1.0, 2.0])])
+def test_assign_where_writes_the_new_value_or_leaves_the_old(where, expected):
     v = tf.Variable([1.0, 2.0])
-    optimizers.assign(v, tf.constant([3.0, 4.0]))
-    np.testing.assert_array_equal(v, [3.0, 4.0])
+    optimizers.assign_where(tf.constant(where), [v], [tf.constant([3.0, 4.0])], [tf.identity(v)])
+    np.testing.assert_array_equal(v, expected)
