@@ -4,11 +4,14 @@ A commit of step s is `ckpt-<s>.index`, `ckpt-<s>.data-00000-of-00001` (TensorFl
 `tf.train.load_checkpoint`), and `ckpt-<s>.json`, the marker, written last: without it the rest does not count.
 """
 
+import concurrent.futures
 import hashlib
 import json
 import logging
+import math
 import os
 import re
+import time
 from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
@@ -26,21 +29,70 @@ _FILE = re.compile(r"ckpt-(\d+)\.")
 Arrays = dict[str, np.ndarray]
 
 
-def commit(folder: Path, step: int, variables: Mapping[str, tf.Variable], keep: int, versions: Any) -> None:
-    """Writes the variables as the commit of `step`, then drops all but the newest `keep` commits.
+class Saver:
+    """Commits in the background: `save` copies the values and returns, a thread writes them.
 
     Args:
         folder: Where commits are; it must exist.
-        step: Steps done.
         variables: By key. On the chief alone: they are equal on all replicas.
-        keep: How many commits stay.
-        versions: Goes into the marker as it is.
+        keep: How many of the newest commits stay.
+        keep_every_hours: Beside these stays one commit for so many hours; 0: none.
+        versions: Goes into the markers as it is.
+    """
+
+    def __init__(
+        self, folder: Path, variables: Mapping[str, tf.Variable], keep: int, keep_every_hours: float, versions: Any
+    ) -> None:
+        self._folder, self._variables, self._versions = folder, variables, versions
+        self._keep, self._keep_every_hours = keep, keep_every_hours
+        self._thread = concurrent.futures.ThreadPoolExecutor(1, "saver")
+        self._writing: concurrent.futures.Future[None] | None = None
+
+    def save(self, step: int) -> None:
+        """Begins the commit of `step`, once the one before is done.
+
+        Raises:
+            Diverged: If a value of the commit before was not finite.
+            EnvironmentFault: If the commit before could not be written; those before it stay.
+        """
+        self.wait()
+        arrays = {key: variable.numpy() for key, variable in self._variables.items()}
+        self._writing = self._thread.submit(self._write, step, arrays)
+
+    def check(self) -> None:
+        """Raises what went wrong in the background, if anything did; does not wait."""
+        if self._writing and self._writing.done():
+            self.wait()
+
+    def wait(self) -> None:
+        """Waits until the last commit is durable.
+
+        Raises:
+            Diverged, EnvironmentFault: As `save`.
+        """
+        writing, self._writing = self._writing, None
+        if writing:
+            writing.result()
+
+    def close(self) -> None:
+        """Waits, and says nothing of what went wrong: for the way out after another error."""
+        self._thread.shutdown()
+
+    def _write(self, step: int, arrays: Arrays) -> None:
+        commit(self._folder, step, arrays, self._versions)
+        try:
+            drop(self._folder, self._keep, self._keep_every_hours)
+        except OSError as error:
+            _log.warning("Old commits in %s cannot be removed: %s.", self._folder, error)
+
+
+def commit(folder: Path, step: int, arrays: Arrays, versions: Any) -> None:
+    """Writes the arrays, by key, as the commit of `step`.
 
     Raises:
         Diverged: If a value is not finite; nothing is written then.
         EnvironmentFault: If it cannot be written; commits before it stay.
     """
-    arrays = {key: variable.numpy() for key, variable in variables.items()}
     bad = [key for key, array in arrays.items() if array.dtype.kind == "f" and not np.isfinite(array).all()]
     if bad:
         raise Diverged(f"Step {step}: {', '.join(bad[:5])} not finite; not committed. Lower the learning rates.")
@@ -59,19 +111,48 @@ def commit(folder: Path, step: int, variables: Mapping[str, tf.Variable], keep: 
             _sync(path)
         marker = {
             "step": step,
+            "time": time.time(),
             "files": {path.name: {"bytes": path.stat().st_size, "sha256": _sha256(path)} for path in files},
             "tensors": {key: {"shape": list(a.shape), "dtype": a.dtype.name} for key, a in arrays.items()},
             "versions": versions,
         }
         workdir.sync_folder(folder)
         workdir.write_whole(prefix.with_name(f"{prefix.name}.json"), workdir.json_bytes(marker))
-        for old in steps(folder)[:-keep]:
-            _remove(folder, old)
     except (OSError, tf.errors.OpError) as error:
         raise EnvironmentFault(
             f"The checkpoint of step {step} cannot be written to {folder}: {error}. Make room or give it write "
             "permission, and run the same command again."
         ) from error
+
+
+def drop(folder: Path, keep: int, keep_every_hours: float) -> None:
+    """Removes all but the newest `keep` commits, and one for every `keep_every_hours` (0: none)."""
+    last = -math.inf
+    for step in steps(folder)[:-keep]:
+        written = _time(folder, step) if keep_every_hours else 0.0
+        if keep_every_hours and written - last >= keep_every_hours * 3600:
+            last = written
+        else:
+            _remove(folder, step)
+
+
+def sweep(folder: Path, newest: int | None) -> None:
+    """Removes what a killed run left half written, and sets damaged commits aside, as `damaged-ckpt-<step>.*`.
+
+    Only for who holds the workdir's lock.
+
+    Args:
+        folder: Where commits are.
+        newest: The newest valid commit; what is later is damaged, and would count as the newest when old ones go.
+    """
+    committed = set(steps(folder))
+    for path in folder.glob("ckpt-*"):
+        match = _FILE.match(path.name)
+        if path.name.endswith(".partial") or (match and int(match[1]) not in committed):
+            _log.info("%s is from a commit that was not finished: removed", path)
+            path.unlink()
+        elif match and newest is not None and int(match[1]) > newest:
+            path.rename(path.with_name(f"damaged-{path.name}"))
 
 
 def steps(folder: Path) -> list[int]:
@@ -158,6 +239,14 @@ def restore(folder: Path, step: int, variables: Mapping[str, tf.Variable]) -> No
             raise CheckpointError(f"{folder}/ckpt-{step}: {key} is {stored}, and this model's is {own}.")
     for key, variable in variables.items():
         variable.assign(arrays[key])
+
+
+def _time(folder: Path, step: int) -> float:
+    """When a commit was written, by its writer's clock; -inf where its marker does not say."""
+    try:
+        return float(json.loads((folder / f"ckpt-{step}.json").read_text(encoding="utf-8"))["time"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return -math.inf
 
 
 def _is_content(path: Path) -> bool:

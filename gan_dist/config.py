@@ -201,8 +201,43 @@ class LoopConfig:
         600.0, "A commit when the last is this old (the chief's clock).", unit="seconds", minimum=0
     )
     keep_checkpoints: int = option(3, "Newest commits to keep.", unit="commits", minimum=1)
+    keep_every_hours: float = option(
+        0.0, "Beside the newest commits, keep one for so many hours.", unit="hours", minimum=0
+    )
     eval_every_steps: int = option(0, "Measure the quality of the samples.", unit="steps", only=0)
     sample_every_steps: int = option(1000, "A grid of images from fixed noise.", unit="steps", minimum=0)
+
+
+@dataclasses.dataclass(frozen=True)
+class LimitConfig:
+    """How long a phase may last before the process is ended (0: for ever), and how much may go wrong."""
+
+    start_timeout_secs: float = option(600.0, "Start-up: imports, data, restore (exit 172).", unit="seconds", minimum=0)
+    cluster_timeout_secs: float = option(
+        600.0, "Forming the cluster: names, then connections (exit 173).", unit="seconds", minimum=0
+    )
+    first_step_timeout_secs: float = option(
+        1800.0, "The first block of steps, which traces and compiles (exit 172).", unit="seconds", minimum=0
+    )
+    step_timeout_secs: float = option(
+        600.0, "A block of --steps_per_loop steps, and what is logged after it (exit 172).", unit="seconds", minimum=0
+    )
+    save_timeout_secs: float = option(600.0, "A commit (exit 172).", unit="seconds", minimum=0)
+    exit_timeout_secs: float = option(120.0, "Leaving, once all is committed (exit 172).", unit="seconds", minimum=0)
+    lock_lease_secs: float = option(
+        30.0,
+        "How long the workdir's lock may stay unchanged before its owner on another machine counts as dead.",
+        unit="seconds",
+        above=0,
+    )
+    max_consecutive_skips: int = option(
+        20,
+        "Steps in a row whose numbers are not finite before the run goes back to its last commit, with other noise and "
+        "order of the data.",
+        unit="steps",
+        minimum=1,
+    )
+    max_rollbacks: int = option(3, "How often it may go back before it ends as diverged (exit 65).", minimum=0)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -215,6 +250,7 @@ class Config:
     model: ModelConfig = ModelConfig()
     optim: OptimConfig = OptimConfig()
     loop: LoopConfig = LoopConfig()
+    limits: LimitConfig = LimitConfig()
 
 
 @dataclasses.dataclass(frozen=True)

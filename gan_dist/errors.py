@@ -42,6 +42,18 @@ class EnvironmentFault(GanDistError):
     exit_code = 78
 
 
+class StopRequested(GanDistError):
+    """Stopped by a signal; everything is committed."""
+
+    exit_code = 170
+
+
+class ClusterNotFormed(GanDistError):
+    """The workers of a cluster did not find each other in time; start all of them again."""
+
+    exit_code = 173
+
+
 class PeerLost(GanDistError):
     """Another worker of the cluster is gone; start all workers again."""
 

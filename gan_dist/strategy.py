@@ -5,9 +5,11 @@ Create the strategy before anything else runs in TensorFlow, and one per process
 
 import ctypes
 import dataclasses
+import functools
 import glob
 import os
 import sysconfig
+from collections.abc import Callable
 
 import tensorflow as tf
 
@@ -153,13 +155,17 @@ def sum_over_workers(strategy: tf.distribute.Strategy, value: int) -> int:
     workers = num_workers(strategy)
     if workers == 1:
         return value
+    # Every replica of a worker contributes the worker's number.
+    return int(_total(strategy)(tf.constant(value, tf.int64))) * workers // strategy.num_replicas_in_sync
 
+
+@functools.cache
+def _total(strategy: tf.distribute.Strategy) -> Callable[[tf.Tensor], tf.Tensor]:
     @tf.function
     def total(number: tf.Tensor) -> tf.Tensor:
         return strategy.reduce(tf.distribute.ReduceOp.SUM, strategy.run(tf.identity, args=(number,)), axis=None)
 
-    # Every replica of a worker contributes the worker's number.
-    return int(total(tf.constant(value, tf.int64))) * workers // strategy.num_replicas_in_sync
+    return total
 
 
 def _use_cpu(resolved: Plan) -> list[str]:

@@ -33,10 +33,7 @@ class Writer:
 
     def __init__(self, folder: Path, config: Config, first: int) -> None:
         self._folder, self._last = folder, config.run.train_steps
-        trim_metrics(folder / workdir.METRICS, first)
-        trim_events(folder / workdir.TENSORBOARD, first)
-        self._metrics = open(folder / workdir.METRICS, "a", encoding="utf-8")  # noqa: SIM115
-        self._events: Any = tf.summary.create_file_writer(str(folder / workdir.TENSORBOARD))
+        self._open(first)
         # On a terminal a bar; in a file or a pod's log, lines.
         self._bar = (
             tqdm.tqdm(total=self._last, initial=first, unit="step", dynamic_ncols=True) if sys.stderr.isatty() else None
@@ -47,12 +44,25 @@ class Writer:
                     "config", "    " + json.dumps(config_lib.to_dict(config), indent=2).replace("\n", "\n    "), 0
                 )
 
+    def _open(self, step: int) -> None:
+        trim_metrics(self._folder / workdir.METRICS, step)
+        trim_events(self._folder / workdir.TENSORBOARD, step)
+        self._metrics = open(self._folder / workdir.METRICS, "a", encoding="utf-8")  # noqa: SIM115
+        self._events: Any = tf.summary.create_file_writer(str(self._folder / workdir.TENSORBOARD))
+
     def close(self) -> None:
         """Writes out what is still held back."""
         self._metrics.close()
         self._events.close()
         if self._bar:
             self._bar.close()
+
+    def go_back(self, step: int) -> None:
+        """Takes back what was written after `step`."""
+        self._metrics.close()
+        self._events.close()
+        self._open(step)
+        self.progress(step)
 
     def progress(self, step: int) -> None:
         """Moves the progress bar."""

@@ -1,5 +1,6 @@
 """`python -m gan_dist.train`: parse, resolve, print or run."""
 
+import contextlib
 import logging
 import os
 import sys
@@ -7,20 +8,24 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from gan_dist import cli, workdir
+from gan_dist import cli, lock, rendezvous, supervision, workdir
 from gan_dist import cluster as cluster_lib
 from gan_dist import config as config_lib
+from gan_dist.cluster import Cluster
 from gan_dist.config import Config
-from gan_dist.errors import EnvironmentFault, PeerLost, UsageError
+from gan_dist.errors import ClusterNotFormed, EnvironmentFault, PeerLost, UsageError
 from gan_dist.layout import Layout
+from gan_dist.supervision import Watch
 
 
 def main(argv: Sequence[str]) -> None:
-    """Trains what the flags describe, or, with --dry_run, says what that would be."""
+    """Trains what the flags describe, or, with --dry_run, says what that would be.
+
+    What can be refused without TensorFlow is refused here; then a child trains, and this process supervises it.
+    """
     config = cli.parse(argv, "train").config
     config_lib.check(config)
     cluster = cluster_lib.from_environment(os.environ)
-    # Refused here, before TensorFlow is imported: what needs no TensorFlow to see.
     _check_known_batch(config, len(cluster.workers))
     if config.data.data_dir and not Path(config.data.data_dir).is_dir():
         raise EnvironmentFault(f"--data_dir={config.data.data_dir} is not a folder; give one, or leave it out.")
@@ -28,25 +33,71 @@ def main(argv: Sequence[str]) -> None:
         raise UsageError(f"--init_from={config.run.init_from} holds no run (no config.json); give a run's workdir.")
     workdir.check_resume(config)
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
+    watch = supervision.attach()
+    if config.run.dry_run:
+        from gan_dist import strategy
 
+        gpus = strategy.gpus_here()
+        print(describe(config, strategy.plan(config.devices, cluster, gpus), gpus))
+    elif watch:
+        work(config, cluster, watch)
+    else:
+        _supervise(argv, config, cluster)
+
+
+def _supervise(argv: Sequence[str], config: Config, cluster: Cluster) -> None:
+    """Runs the training child, and leaves with its exit code."""
+    limits = config.limits
+    deadlines = {
+        supervision.STARTING: limits.start_timeout_secs,
+        supervision.CLUSTER: limits.cluster_timeout_secs,
+        supervision.FIRST_STEP: limits.first_step_timeout_secs,
+        supervision.STEPS: limits.step_timeout_secs,
+        supervision.SAVING: limits.save_timeout_secs,
+        supervision.LEAVING: limits.exit_timeout_secs,
+    }
+    command = [sys.executable, "-m", "gan_dist.train", *argv]
+    with contextlib.ExitStack() as stack:
+        if cluster.index == 0:
+            # Taken by the parent, which lives when the child is stuck.
+            folder = Path(config.run.workdir)
+            stack.enter_context(lock.held(folder, limits.lock_lease_secs, lost=_lock_lost))
+        if len(cluster.workers) > 1:
+            rendezvous.wait_for_names(cluster, limits.cluster_timeout_secs)
+            rendezvous.check_own_port(cluster)
+        code = supervision.run(command, deadlines, lambda: rendezvous.missing_peers(cluster))
+    if code:
+        sys.exit(code)
+
+
+def _lock_lost() -> None:
+    print("gan_dist: another run has taken the workdir's lock: leaving at once.", file=sys.stderr, flush=True)
+    # Without a word to anyone: the child goes with its parent, and must not write again.
+    os._exit(EnvironmentFault.exit_code)
+
+
+def work(config: Config, cluster: Cluster, watch: Watch) -> None:
+    """The training child's part."""
     import tensorflow as tf
 
     from gan_dist import loop, strategy
 
-    if config.run.dry_run:
-        plan = strategy.plan(config.devices, cluster, strategy.gpus_here())
-        print(describe(config, plan, strategy.gpus_here()))
-        return
     _log_to_stdout()
+    formed = False
     try:
+        if len(cluster.workers) > 1:
+            watch.phase(supervision.CLUSTER)
         replicas = strategy.create(config.devices, cluster)
+        formed = True
+        watch.phase(supervision.STARTING)
+        watch.take_signals()
         logging.getLogger("gan_dist").info(
             "%s, %d replica(s), workdir %s", type(replicas).__name__, replicas.num_replicas_in_sync, config.run.workdir
         )
-        loop.train(config, replicas)
+        loop.train(config, replicas, watch)
     except tf.errors.ResourceExhaustedError as error:
         raise EnvironmentFault(
-            f"Out of memory on a device: {error.message.splitlines()[0]} Use more devices (--num_devices), a smaller "
+            f"Out of memory on a device: {_first_line(error)} Use more devices (--num_devices), a smaller "
             "--global_batch_size or --width, or --precision=bfloat16; --dry_run shows the memory that a replica needs."
         ) from error
     except OSError as error:
@@ -54,20 +105,29 @@ def main(argv: Sequence[str]) -> None:
             f"--workdir={config.run.workdir}: {error}. Make room or give write permission, and run the same command "
             "again: it goes on from the last commit."
         ) from error
-    except (
-        tf.errors.UnavailableError,
-        tf.errors.DeadlineExceededError,
-        tf.errors.AbortedError,
-        tf.errors.CancelledError,
-        tf.errors.InternalError,
-        tf.errors.FailedPreconditionError,
-    ) as error:
+    except tf.errors.OpError as error:
         if len(cluster.workers) == 1:
             raise
+        if not formed:
+            raise ClusterNotFormed(
+                f"Worker {cluster.index} could not join the cluster: {_first_line(error)} Start all workers again."
+            ) from error
+        if not isinstance(error, _lost(tf)):
+            raise
         raise PeerLost(
-            f"Worker {cluster.index} lost a peer: {error.message.splitlines()[0]} Start all workers again; they go on "
-            "from the last commit."
+            f"Worker {cluster.index} lost a peer: {_first_line(error)} {rendezvous.missing_peers(cluster)} Start all "
+            "workers again; they go on from the last commit."
         ) from error
+
+
+def _lost(tf: Any) -> tuple[type[Exception], ...]:
+    """What a collective raises when a peer is gone."""
+    names = ("Unavailable", "DeadlineExceeded", "Aborted", "Cancelled", "Internal", "FailedPrecondition")
+    return tuple(getattr(tf.errors, f"{name}Error") for name in names)
+
+
+def _first_line(error: Any) -> str:
+    return error.message.strip().splitlines()[0]
 
 
 def describe(config: Config, plan: Any, gpus_here: int) -> str:

@@ -16,10 +16,10 @@ PACKAGE = Path(gan_dist.__file__).parent
 
 # A module imports from lower layers alone. A package within the package (`datasets`) stands for all its modules.
 LAYERS = (
-    {"errors"},
+    {"errors", "supervision"},
     {"config", "cluster", "losses"},
     {"layout", "cli", "rng", "images", "workdir"},
-    {"strategy", "datasets", "models", "optimizers"},
+    {"strategy", "datasets", "models", "optimizers", "lock", "rendezvous"},
     {"data", "state"},
     {"step", "checkpoints", "summaries"},
     {"sample"},
@@ -29,7 +29,7 @@ LAYERS = (
 LAYER_OF = {module: depth for depth, modules in enumerate(LAYERS) for module in modules}
 
 # What answers --help and refuses a flag: without anything that takes seconds to import.
-LIGHT = ("cli", "cluster", "config", "errors", "layout", "workdir")
+LIGHT = ("cli", "cluster", "config", "errors", "layout", "lock", "rendezvous", "supervision", "workdir")
 HEAVY = {"tensorflow", "keras", "numpy", "tensorboard"}
 
 

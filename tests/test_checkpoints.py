@@ -1,7 +1,6 @@
 """Commits: whole, verified, or not there."""
 
 import json
-import logging
 
 import numpy as np
 import pytest
@@ -16,9 +15,9 @@ def variables():
     return {"generator/0_kernel": tf.Variable(np.arange(6.0).reshape(2, 3)), "step": tf.Variable(0, dtype=tf.int64)}
 
 
-def commit(folder, step, variables, keep=3):
+def commit(folder, step, variables):
     variables["step"].assign(step)
-    checkpoints.commit(folder, step, variables, keep, {"gan_dist": "test"})
+    checkpoints.commit(folder, step, {key: v.numpy() for key, v in variables.items()}, {"gan_dist": "test"})
 
 
 def data_file(folder, step):
@@ -51,10 +50,53 @@ def test_the_marker_names_files_sizes_hashes_tensors_and_versions(tmp_path, vari
 
 
 def test_only_the_newest_commits_are_kept(tmp_path, variables):
+    saver = checkpoints.Saver(tmp_path, variables, keep=2, keep_every_hours=0, versions={})
     for step in (0, 5, 10, 100):
-        commit(tmp_path, step, variables, keep=2)
+        saver.save(step)
+    saver.wait()
     assert checkpoints.steps(tmp_path) == [10, 100]
     assert not list(tmp_path.glob("ckpt-0.*")) and not list(tmp_path.glob("ckpt-5.*"))
+
+
+def test_beside_the_newest_one_commit_is_kept_for_so_many_hours(tmp_path, variables, monkeypatch):
+    clock = iter(range(0, 100_000, 1800))
+    monkeypatch.setattr(checkpoints.time, "time", lambda: next(clock))
+    saver = checkpoints.Saver(tmp_path, variables, keep=1, keep_every_hours=1, versions={})
+    for step in range(7):
+        saver.save(step)
+    saver.wait()
+    assert checkpoints.steps(tmp_path) == [0, 2, 4, 6]
+
+
+def test_a_commit_in_the_background_holds_the_values_at_its_call(tmp_path, variables):
+    saver = checkpoints.Saver(tmp_path, variables, keep=2, keep_every_hours=0, versions={})
+    saver.save(1)
+    variables["generator/0_kernel"].assign(-tf.ones([2, 3], tf.float64))
+    saver.wait()
+    np.testing.assert_array_equal(
+        checkpoints.read(tmp_path, 1, ["generator/0_kernel"])["generator/0_kernel"], np.arange(6.0).reshape(2, 3)
+    )
+
+
+def test_an_error_in_the_background_comes_to_light_at_the_next_look(tmp_path, variables):
+    (tmp_path / "file").touch()
+    saver = checkpoints.Saver(tmp_path / "file", variables, keep=2, keep_every_hours=0, versions={})
+    saver.save(1)
+    with pytest.raises(EnvironmentFault, match="cannot be written"):
+        while True:
+            saver.check()
+    saver.check()
+
+
+def test_what_a_killed_run_left_is_swept_and_what_is_damaged_is_set_aside(tmp_path, variables):
+    for step in (3, 8):
+        commit(tmp_path, step, variables)
+    for name in ("ckpt-9.index", "ckpt-9.data-00000-of-00001.tempstate123", "ckpt-3.json.partial", "notes.txt"):
+        (tmp_path / name).touch()
+    checkpoints.sweep(tmp_path, 3)
+    names = {path.name for path in tmp_path.iterdir()}
+    files = ("json", "index", "data-00000-of-00001")
+    assert names == {"notes.txt", *(f"ckpt-3.{e}" for e in files), *(f"damaged-ckpt-8.{e}" for e in files)}
 
 
 def test_nothing_yet_is_no_error(tmp_path):
@@ -94,9 +136,8 @@ def damage_missing(path):
     "damage", [damage_nothing_left, damage_truncated, damage_one_bit, damage_trailing_junk, damage_missing]
 )
 def test_a_damaged_commit_is_passed_over_for_the_one_before_and_alone_it_is_an_error(
-    tmp_path, variables, suffix, damage, caplog, monkeypatch
+    tmp_path, variables, suffix, damage, caplog
 ):
-    monkeypatch.setattr(logging.getLogger("gan_dist"), "propagate", True)
     commit(tmp_path, 3, variables)
     commit(tmp_path, 8, variables)
     path = tmp_path / f"ckpt-8.{suffix}"

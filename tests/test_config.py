@@ -219,7 +219,7 @@ def test_to_dict_and_from_dict_round_trip_through_json():
     config = changed_everywhere()
     stored = json.loads(json.dumps(config_lib.to_dict(config)))
     assert config_lib.from_dict(stored) == config
-    assert set(stored) == {"run", "devices", "data", "model", "optim", "loop"}
+    assert set(stored) == {"run", "devices", "data", "model", "optim", "loop", "limits"}
     assert stored["run"]["train_steps"] == 7
 
 

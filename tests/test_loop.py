@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+from typing import ClassVar
 
 import numpy as np
 import pytest
@@ -9,10 +10,10 @@ import runs
 import tensorflow as tf
 from tensorboard.backend.event_processing.event_file_loader import EventFileLoader
 
-from gan_dist import loop, strategy
+from gan_dist import lock, loop, rng, strategy, supervision
 from gan_dist import step as step_lib
 from gan_dist.config import Config, LoopConfig, RunConfig
-from gan_dist.errors import CheckpointError, Diverged, UsageError
+from gan_dist.errors import CheckpointError, Diverged, EnvironmentFault, StopRequested, UsageError
 
 RHYTHM = ("--log_every_steps=4", "--sample_every_steps=6", "--checkpoint_every_steps=5", "--steps_per_loop=3")
 
@@ -143,18 +144,94 @@ def test_checkpoints_that_are_all_damaged_end_the_run_and_never_start_it_over(tm
     assert not (tmp_path / "checkpoints" / "ckpt-9.json").exists()
 
 
-def test_numbers_that_stay_not_finite_end_the_run_and_the_commit_before_stays(tmp_path):
-    with pytest.raises(Diverged, match="from 0 to 3"):
-        train(tmp_path, "--train_steps=5", "--latent_mean=3e38", "--latent_stddev=1e38")
+def test_numbers_that_stay_not_finite_end_the_run_after_going_back_and_the_commit_before_stays(tmp_path, caplog):
+    limits = ("--max_consecutive_skips=3", "--max_rollbacks=2")
+    with caplog.at_level("WARNING", "gan_dist"), pytest.raises(Diverged, match="after going back 2 times"):
+        train(tmp_path, "--train_steps=9", "--latent_mean=3e38", "--latent_stddev=1e38", *limits)
+    assert caplog.text.count("back to step 0 with other noise") == 2
     assert (tmp_path / "checkpoints" / "ckpt-0.json").exists()
+    # The same command says so again.
+    with pytest.raises(Diverged):
+        train(tmp_path, "--train_steps=9", "--latent_mean=3e38", "--latent_stddev=1e38", *limits)
+
+
+def poison(monkeypatch, step, attempt=0, stream="noise/g", seed=0):
+    """Makes the first row of one step's noise NaN: on one replica alone."""
+    real, poisoned = rng.normal, rng.key(seed, stream)
+
+    def normal(stream_key, clock, first_row, rows, size):
+        noise = real(stream_key, clock, first_row, rows, size)
+        if stream_key != poisoned:
+            return noise
+        bad = tf.reduce_any(tf.equal(clock, rng.clock(tf.constant(step), attempt))) & tf.equal(first_row, 0)
+        return tf.where(bad, tf.fill(tf.shape(noise), float("nan")), noise)
+
+    monkeypatch.setattr(rng, "normal", normal)
+
+
+@pytest.mark.parametrize("stream", ["noise/d", "noise/g"])
+def test_one_bad_step_on_one_replica_is_skipped_on_all_of_them(tmp_path, monkeypatch, stream):
+    poison(monkeypatch, [4], stream=stream)
+    train(tmp_path, "--train_steps=8", "--num_devices=2")
+    final = runs.committed(tmp_path, 8)
+    assert final["skipped_steps"] == 1 and final["consecutive_skips"] == 0 and final["attempt"] == 0
+    assert final["generator_optimizer/count"] == final["discriminator_optimizer/count"] == 7
+    assert [row["skipped_steps"] for row in rows(tmp_path)] == [0, 1]
+    assert all(np.isfinite(value) for row in rows(tmp_path) for value in row.values())
+
+
+def test_a_run_that_goes_back_takes_other_noise_and_data_and_ends(tmp_path, monkeypatch, caplog):
+    poison(monkeypatch, [6, 7, 8, 9])
+    with caplog.at_level("WARNING", "gan_dist"):
+        train(tmp_path, "--train_steps=13", "--max_consecutive_skips=3")
+    assert "back to step 5 with other noise, attempt 1" in caplog.text
+    final = runs.committed(tmp_path, 13)
+    assert final["attempt"] == 1 and final["skipped_steps"] == 0 and final["step"] == 13
+    assert [row["step"] for row in rows(tmp_path)] == [4, 8, 12, 13]
+    assert tensorboard_steps(tmp_path, "loss/generator") == [4, 8, 12, 13]
+
+
+def test_a_live_run_keeps_its_folder(tmp_path):
+    with lock.held(tmp_path, 30, lost=lambda: None), pytest.raises(EnvironmentFault, match="in use by a live run"):
+        train(tmp_path, "--train_steps=1")
+
+
+def test_a_request_to_stop_commits_the_step_and_the_same_command_goes_on(tmp_path):
+    class StopAfter(supervision.Watch):
+        phases: ClassVar[list[str]] = []
+
+        def phase(self, name):
+            self.phases.append(name)
+
+        def stop_requested(self):
+            return self.phases.count(supervision.STEPS) >= 2
+
+    config = runs.config(*runs.TINY, *RHYTHM, "--train_steps=13", f"--workdir={tmp_path / 'stopped'}")
+    with pytest.raises(StopRequested, match="stopped at step 4"):
+        loop.train(config, strategy.create(config.devices), StopAfter())
+    assert StopAfter.phases[-2:] == [supervision.SAVING, supervision.LEAVING]
+    train(tmp_path / "stopped", "--train_steps=13")
+    train(tmp_path / "straight", "--train_steps=13")
+    runs.assert_close(runs.committed(tmp_path / "stopped", 13), runs.committed(tmp_path / "straight", 13), atol=0)
+
+
+def test_a_damaged_newest_commit_is_set_aside_and_the_one_before_goes_on(tmp_path):
+    train(tmp_path, "--train_steps=10")
+    (tmp_path / "checkpoints" / "ckpt-10.index").write_bytes(b"")
+    train(tmp_path, "--train_steps=12", "--keep_checkpoints=1")
+    names = {path.name for path in (tmp_path / "checkpoints").iterdir()}
+    assert "damaged-ckpt-10.index" in names and "ckpt-12.json" in names
 
 
 def test_blocks_end_at_whatever_is_due_next():
-    config = Config(run=RunConfig(train_steps=20), loop=LoopConfig(7, 10, 0, 3, 0, 0))
+    config = Config(
+        run=RunConfig(train_steps=20),
+        loop=LoopConfig(log_every_steps=7, checkpoint_every_steps=10, sample_every_steps=0),
+    )
     config = dataclasses.replace(config, devices=dataclasses.replace(config.devices, steps_per_loop=5))
-    assert list(loop.blocks(0, config)) == [(0, 5), (5, 7), (7, 10), (10, 14), (14, 19), (19, 20)]
-    assert list(loop.blocks(12, config)) == [(12, 14), (14, 19), (19, 20)]
-    assert list(loop.blocks(20, config)) == []
+    ends = {start: loop.block_end(start, config) for start in range(20)}
+    assert [ends[start] for start in (0, 5, 7, 10, 14, 19)] == [5, 7, 10, 14, 19, 20]
+    assert ends[12] == 14 and ends[13] == 14
 
 
 def test_rates_leave_out_the_block_that_compiles():
@@ -162,8 +239,8 @@ def test_rates_leave_out_the_block_that_compiles():
     ones = np.ones(len(step_lib.SCALARS))
     meter.add(2, ones * 2, 0, 1.0, 50.0)
     meter.add(4, ones * 2, 2, 0.5, 2.0)
-    values = meter.read(6)
+    values = meter.read(6, 2)
     assert values["sec/step"] == 0.5 and values["img/s"] == 20 and values["img/s/replica"] == 10
     assert values["data_wait_pct"] == 25 and values["skipped_steps"] == 2 and values["loss/generator"] == 1
     meter.add(4, ones * 4, 0, 0.0, 4.0)
-    assert meter.read(10)["sec/step"] == 1.0
+    assert meter.read(10, 2)["sec/step"] == 1.0

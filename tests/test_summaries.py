@@ -84,8 +84,7 @@ def test_a_log_line_has_keys_units_and_the_time_left():
     assert line == "step=40/100 loss/generator=0.75 loss/discriminator=1.25 img/s=6009 sec/step=0.5 eta=00:30"
 
 
-def test_log_lines_come_where_there_is_no_terminal(folder, caplog, monkeypatch):
-    monkeypatch.setattr(logging.getLogger("gan_dist"), "propagate", True)
+def test_log_lines_come_where_there_is_no_terminal(folder, caplog):
     with caplog.at_level(logging.INFO, "gan_dist"):
         write(folder, 0, [10])
     assert "step=10/100 loss/generator=0.75" in caplog.text

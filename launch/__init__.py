@@ -1,0 +1,1 @@
+"""Launchers. They run from a checkout."""
