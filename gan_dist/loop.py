@@ -108,6 +108,8 @@ class _Run:
             _log.info("step=%d/%d: nothing left to do; a larger --train_steps goes on.", self._counter("step"), last)
             self._leave()
             return
+        # From here on a request to stop is answered by a commit.
+        watch.phase(supervision.FIRST_STEP)
         pixels = data.on_replicas(self._strategy, self._examples.pixels)
         labels = data.on_replicas(self._strategy, self._examples.labels)
         advance = step_lib.compile_block(config, self._state, self._strategy, layout, pixels, labels)
@@ -120,7 +122,6 @@ class _Run:
             if self._counter("step") == 0 and rhythm.sample_every_steps:
                 writer.picture(0, grid())
         committed_at = time.monotonic()
-        watch.phase(supervision.FIRST_STEP)
         while (start := self._counter("step")) < last:
             if self._agreed(watch.stop_requested()):
                 self._stop(start)

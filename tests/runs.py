@@ -80,8 +80,10 @@ def start(*flags: str, environment: dict[str, str] | None = None, entry: str = "
     )
 
 
-def start_workers(count: int, *flags: str) -> list[subprocess.Popen[str]]:
-    """Starts a cluster of worker processes on this host, one thread each."""
+def start_workers(
+    count: int, *flags: str, only: int | None = None, pause: float = 0.0, environment: dict[str, str] | None = None
+) -> list[subprocess.Popen[str]]:
+    """Starts a cluster of worker processes on this host, one thread each: all, or `only` one; with a pause between."""
     sockets = [socket.socket() for _ in range(count)]
     for free in sockets:
         free.bind(("127.0.0.1", 0))
@@ -89,7 +91,12 @@ def start_workers(count: int, *flags: str) -> list[subprocess.Popen[str]]:
     for free in sockets:
         free.close()
     specs = [{"cluster": {"worker": workers}, "task": {"type": "worker", "index": i}} for i in range(count)]
-    return [start(*flags, "--intra_op_threads=1", environment={"TF_CONFIG": json.dumps(spec)}) for spec in specs]
+    started = []
+    for spec in specs if only is None else [specs[only]]:
+        time.sleep(pause if started else 0.0)
+        given = {**(environment or {}), "TF_CONFIG": json.dumps(spec)}
+        started.append(start(*flags, "--intra_op_threads=1", environment=given))
+    return started
 
 
 def finish(processes: Sequence[subprocess.Popen[str]], code: int = 0) -> str:
