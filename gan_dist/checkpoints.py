@@ -37,13 +37,13 @@ class Saver:
         variables: By key. On the chief alone: they are equal on all replicas.
         keep: How many of the newest commits stay.
         keep_every_hours: Beside these stays one commit for so many hours; 0: none.
-        versions: Goes into the markers as it is.
+        about: Goes into the markers, as `about` gives it back.
     """
 
     def __init__(
-        self, folder: Path, variables: Mapping[str, tf.Variable], keep: int, keep_every_hours: float, versions: Any
+        self, folder: Path, variables: Mapping[str, tf.Variable], keep: int, keep_every_hours: float, about: Any
     ) -> None:
-        self._folder, self._variables, self._versions = folder, variables, versions
+        self._folder, self._variables, self._about = folder, variables, about
         self._keep, self._keep_every_hours = keep, keep_every_hours
         self._thread = concurrent.futures.ThreadPoolExecutor(1, "saver")
         self._writing: concurrent.futures.Future[None] | None = None
@@ -79,14 +79,14 @@ class Saver:
         self._thread.shutdown()
 
     def _write(self, step: int, arrays: Arrays) -> None:
-        commit(self._folder, step, arrays, self._versions)
+        commit(self._folder, step, arrays, self._about)
         try:
             drop(self._folder, self._keep, self._keep_every_hours)
         except OSError as error:
             _log.warning("Old commits in %s cannot be removed: %s.", self._folder, error)
 
 
-def commit(folder: Path, step: int, arrays: Arrays, versions: Any) -> None:
+def commit(folder: Path, step: int, arrays: Arrays, about: Any) -> None:
     """Writes the arrays, by key, as the commit of `step`.
 
     Raises:
@@ -114,7 +114,7 @@ def commit(folder: Path, step: int, arrays: Arrays, versions: Any) -> None:
             "time": time.time(),
             "files": {path.name: {"bytes": path.stat().st_size, "sha256": _sha256(path)} for path in files},
             "tensors": {key: {"shape": list(a.shape), "dtype": a.dtype.name} for key, a in arrays.items()},
-            "versions": versions,
+            "about": about,
         }
         workdir.sync_folder(folder)
         workdir.write_whole(prefix.with_name(f"{prefix.name}.json"), workdir.json_bytes(marker))
@@ -123,6 +123,11 @@ def commit(folder: Path, step: int, arrays: Arrays, versions: Any) -> None:
             f"The checkpoint of step {step} cannot be written to {folder}: {error}. Make room or give it write "
             "permission, and run the same command again."
         ) from error
+
+
+def about(folder: Path, step: int) -> Any:
+    """What the writer of a verified commit said of it; None in a commit that says nothing."""
+    return json.loads((folder / f"ckpt-{step}.json").read_text(encoding="utf-8")).get("about")
 
 
 def drop(folder: Path, keep: int, keep_every_hours: float) -> None:

@@ -23,7 +23,7 @@ class Parsed:
         config: All common settings, defaults filled in. Each value obeys its own rule; rules that join several are
             checked by `config.check`.
         own: The entry point's own settings, an instance of the class given to `parse`, or None.
-        given: Names of the flags that were on the command line or in a flagfile.
+        given: Names of the flags that were on the command line itself, not in a flagfile.
     """
 
     config: Config
@@ -55,13 +55,15 @@ def parse(argv: Sequence[str], entry: str, own: type | None = None) -> Parsed:
         raise HelpRequested(_help(entry, settings))
     flagfiles: list[Path] = []
     arguments = list(_expand(argv, (), flagfiles))
+    typed = _flag_values(settings)
     try:
         rest = values(["gan_dist", *arguments])[1:]
+        typed(["gan_dist", *_without_flagfiles(argv)])
     except flags.Error as error:
         raise UsageError(f"{_sentence(str(error))} `python -m gan_dist.{entry} --help` lists all flags.") from error
     if rest:
         raise UsageError(f"{rest[0]!r} is not a flag; write --name=value. `--help` lists all flags.")
-    given = frozenset(s.name for s in settings if values[s.name].present)
+    given = frozenset(s.name for s in settings if typed[s.name].present)
     fields: dict[str, dict[str, Any]] = {}
     for setting in settings:
         value = values[setting.name].value
@@ -124,6 +126,11 @@ def _expand(arguments: Sequence[str], chain: tuple[Path, ...], top: list[Path]) 
         yield from _expand(_lines(path), (*chain, path), top)
     if waiting:
         raise UsageError("--flagfile needs a file; write --flagfile=configs/quickstart.cfg.")
+
+
+def _without_flagfiles(arguments: Sequence[str]) -> list[str]:
+    kept = [a for a in arguments if not a.startswith(("--flagfile=", "-flagfile="))]
+    return [a for before, a in zip(["", *kept], kept, strict=False) if not {a, before} & {"--flagfile", "-flagfile"}]
 
 
 def _find(name: str, including: Path | None) -> Path:

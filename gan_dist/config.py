@@ -117,7 +117,9 @@ class DataConfig:
         choices=("28", "32", "64"),
     )
     channels: int = option(1, "1 for grey, 3 for colour.", unit="channels", choices=("1", "3"), identity=True)
-    global_batch_size: int = option(128, "Images per step over all replicas.", unit="images", minimum=1, identity=True)
+    global_batch_size: int = option(
+        128, "Images per step over all replicas; batch norm needs two.", unit="images", minimum=2, identity=True
+    )
 
 
 @dataclasses.dataclass(frozen=True)

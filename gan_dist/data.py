@@ -55,6 +55,20 @@ def on_replicas(strategy: tf.distribute.Strategy, array: np.ndarray) -> object:
     return strategy.experimental_distribute_values_from_function(copy)
 
 
+def pack(pixels_NHWC: np.ndarray) -> np.ndarray:
+    """Images as rows of int64, eight bytes each: TensorFlow gathers no uint8 on a GPU, and would fetch the whole array.
+
+    Raises:
+        ValueError: If an image's bytes are not a multiple of eight.
+    """
+    return np.ascontiguousarray(pixels_NHWC).reshape(len(pixels_NHWC), -1).view(np.int64)
+
+
+def unpack(rows_BW: tf.Tensor, shape_HWC: tuple[int, int, int]) -> tf.Tensor:
+    """Rows of `pack` as `[B, H, W, C]` uint8."""
+    return tf.reshape(tf.bitcast(rows_BW, tf.uint8), [-1, *shape_HWC])
+
+
 def order(seed: int, first: int, last: int, global_batch: int, num_examples: int, attempt: int = 0) -> np.ndarray:
     """Which example stands in each row of steps `first` to `last - 1`: `[last - first, global_batch]` int32."""
     positions = np.arange(first * global_batch, last * global_batch, dtype=np.int64)

@@ -2,6 +2,8 @@
 
 import _thread
 import contextlib
+import hashlib
+import json
 import logging
 import os
 import platform
@@ -87,7 +89,7 @@ class _Run:
             self._variables,
             config.loop.keep_checkpoints,
             config.loop.keep_every_hours,
-            environment()["versions"],
+            {"settings": config_lib.to_dict(config), "versions": environment()["versions"]},
         )
         stack.callback(self._saver.close)
         self._stack = stack
@@ -95,6 +97,7 @@ class _Run:
 
     def resume(self) -> None:
         """Brings the state to where the run stands, on every worker; the chief says where that is."""
+        self._refuse_other_settings()
         self._restore(self._prepare)
         step, last = self._counter("step"), self._config.run.train_steps
         if step:
@@ -110,7 +113,7 @@ class _Run:
             return
         # From here on a request to stop is answered by a commit.
         watch.phase(supervision.FIRST_STEP)
-        pixels = data.on_replicas(self._strategy, self._examples.pixels)
+        pixels = data.on_replicas(self._strategy, data.pack(self._examples.pixels))
         labels = data.on_replicas(self._strategy, self._examples.labels)
         advance = step_lib.compile_block(config, self._state, self._strategy, layout, pixels, labels)
         grid = _Grid(config, self._state)
@@ -162,6 +165,23 @@ class _Run:
 
     def _counter(self, name: str) -> int:
         return int(self._state.counters[name].numpy())
+
+    def _refuse_other_settings(self) -> None:
+        """Refuses workers that were started with different flags: each would train something else, or wait for ever."""
+        settings = config_lib.to_dict(self._config)
+        # What each host may have of its own, and what only the chief looks at.
+        for name in ("workdir", "init_from", "dry_run"):
+            settings["run"].pop(name)
+        settings["data"].pop("data_dir")
+        digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).digest()
+        # Five bytes: a sum over many devices stays below 2^63.
+        own = int.from_bytes(digest[:5], "little")
+        of_chief = strategy_lib.sum_over_workers(self._strategy, own if self._chief else 0)
+        different = strategy_lib.sum_over_workers(self._strategy, int(own != of_chief))
+        if different:
+            raise UsageError(
+                f"{different} worker(s) were started with other flags than the chief; give all the same command."
+            )
 
     def _agreed(self, asked: bool) -> bool:
         """Whether any worker was asked to stop: all of them stop at the same step, or none."""
@@ -238,22 +258,29 @@ class _Run:
                 (folder / name).mkdir(parents=True, exist_ok=True)
             newest = checkpoints.newest_valid(self._commits)
             checkpoints.sweep(self._commits, newest)
-            stored = workdir.read_config(folder)
-            for name, (old, new) in (config_lib.differences(stored, config, identity=False) if stored else {}).items():
+            if newest is None:
+                if config.run.init_from:
+                    self._init_from(Path(config.run.init_from))
+                self._write_config()
+                self._saver.save(0)
+                self._saver.wait()
+                return 0
+            # The commit's own word: config.json may have been lost, or put there by hand.
+            about = checkpoints.about(self._commits, newest) or {}
+            stored = config_lib.from_dict(about.get("settings", {}))
+            workdir.refuse_other_model(folder, stored, config)
+            for name, (old, new) in config_lib.differences(stored, config, identity=False).items():
                 _log.info("--%s: %s until now, %s from here on", name, old, new)
-            described = {"config": config_lib.to_dict(config), "environment": environment(), "command": sys.argv}
-            workdir.write_whole(folder / workdir.CONFIG, workdir.json_bytes(described))
+            self._write_config()
+            return newest
         except OSError as error:
             raise EnvironmentFault(
                 f"--workdir={folder} cannot be written: {error.strerror}. Make room, or give another --workdir."
             ) from error
-        if newest is not None:
-            return newest
-        if config.run.init_from:
-            self._init_from(Path(config.run.init_from))
-        self._saver.save(0)
-        self._saver.wait()
-        return 0
+
+    def _write_config(self) -> None:
+        described = {"config": config_lib.to_dict(self._config), "environment": environment(), "command": sys.argv}
+        workdir.write_whole(self._folder / workdir.CONFIG, workdir.json_bytes(described))
 
     def _init_from(self, other: Path) -> None:
         """Gives the networks the weights of another run's newest commit."""

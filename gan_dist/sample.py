@@ -112,6 +112,9 @@ def main(argv: Sequence[str]) -> None:
         raise UsageError(f"--label={options.label} is not a class; give 0 to {num_classes - 1}.")
     # One device draws; which one, is for this machine to say and not for the run.
     own = dataclasses.replace(parsed.config.devices, strategy="single", num_devices=1, virtual_devices_per_gpu=1)
+    if "accelerator" not in parsed.given:
+        # In the run's flagfile it says where to train.
+        own = dataclasses.replace(own, accelerator="auto")
     scope = strategy.create(dataclasses.replace(own, precision=stored.devices.precision))
     generator, _ = state.networks(stored, data.num_classes(stored.data))
     commits = folder / workdir.CHECKPOINTS

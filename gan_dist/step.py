@@ -3,8 +3,8 @@
 A step is a pure function of (state, seed, step): its images come by index from `rng.example_order`, its noise by row.
 
 Dimension key for name suffixes:
-  S  steps in a block   N  examples of the data set   G  global batch   B  images on one replica
-  H, W  height and width, pixels   C  channels   Z  latent size   K  classes
+  S  steps in a block   N  examples of the data set   W  words of eight bytes, in data.pack   G  global batch
+  B  images on one replica   H, W  height and width, pixels   C  channels   Z  latent size   K  classes
 """
 
 from collections.abc import Callable
@@ -12,7 +12,7 @@ from typing import Any
 
 import tensorflow as tf
 
-from gan_dist import images, optimizers, rng
+from gan_dist import data, images, optimizers, rng
 from gan_dist.config import Config
 from gan_dist.layout import Layout
 from gan_dist.losses import OBJECTIVES
@@ -45,7 +45,7 @@ def compile_block(
         state: The variables that it updates.
         strategy: Its replicas share the batch.
         layout: How they share it.
-        pixels: `[N, H, W, C]` uint8 on each replica.
+        pixels: The images on each replica, as `data.pack` gives them.
         labels: `[N]` int32 on each replica.
     """
     replicas = layout.replicas
@@ -57,6 +57,7 @@ def compile_block(
     range_of = ARCHITECTURES[config.model.architecture].image_range
     num_classes = state.generator.num_classes
     batch, model = layout.per_replica, config.model
+    shape_HWC = (config.data.resolution, config.data.resolution, config.data.channels)
     dtype = state.generator_variables[state.generator.trainable[0]].dtype
 
     def latent(stream: str, step: tf.Tensor, first_row: tf.Tensor) -> tf.Tensor:
@@ -69,14 +70,14 @@ def compile_block(
     def drawn_labels(stream: str, step: tf.Tensor, first_row: tf.Tensor) -> tf.Tensor | None:
         return one_hot(rng.classes(streams[stream], step, first_row, batch, num_classes)) if num_classes else None
 
-    def replica_step(pixels_NHWC: tf.Tensor, labels_N: tf.Tensor, order_G: tf.Tensor) -> tf.Tensor:
+    def replica_step(pixels_NW: tf.Tensor, labels_N: tf.Tensor, order_G: tf.Tensor) -> tf.Tensor:
         context = tf.distribute.get_replica_context()
         first_row = layout.first_row(tf.cast(context.replica_id_in_sync_group, tf.int32))
         order_B = order_G[first_row : first_row + batch]
         order_B.set_shape([batch])
         clock = rng.clock(*(tf.convert_to_tensor(state.counters[name]) for name in ("step", "attempt")))
         return update(
-            tf.cast(images.scale(tf.gather(pixels_NHWC, order_B), range_of), dtype),
+            tf.cast(images.scale(data.unpack(tf.gather(pixels_NW, order_B), shape_HWC), range_of), dtype),
             one_hot(tf.gather(labels_N, order_B)) if num_classes else None,
             latent("noise/d", clock, first_row),
             drawn_labels("labels/d", clock, first_row),

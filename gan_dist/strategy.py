@@ -85,6 +85,11 @@ def plan(devices: DeviceConfig, cluster: Cluster, gpus_here: int) -> Plan:
             f"--num_devices={count} does not fit --strategy=multi_worker on CPU, which has one device a worker; "
             "use --num_devices=1 and more workers."
         )
+    if kind == "multi_worker" and split > 1:
+        raise UsageError(
+            f"--virtual_devices_per_gpu={split} does not fit --strategy=multi_worker: NCCL takes a card once. "
+            "Use --virtual_devices_per_gpu=1."
+        )
     resolved = Plan(kind, accelerator, count, workers)
     if devices.xla == "on" and resolved.replicas > 1:
         raise UsageError(
@@ -117,8 +122,9 @@ def create(devices: DeviceConfig, cluster: Cluster | None = None) -> tf.distribu
     if resolved.kind == "single":
         return tf.distribute.OneDeviceStrategy(names[0])
     if resolved.kind == "mirrored":
-        # On CPU the reduction is an addition in a fixed order; on GPU the default is NCCL.
-        reduction = tf.distribute.ReductionToOneDevice() if resolved.accelerator == "cpu" else None
+        # On CPU the reduction is an addition in a fixed order; on GPU the default is NCCL, which takes a card once.
+        plain = resolved.accelerator == "cpu" or devices.virtual_devices_per_gpu > 1
+        reduction = tf.distribute.ReductionToOneDevice() if plain else None
         return tf.distribute.MirroredStrategy(names, cross_device_ops=reduction)
     implementation = tf.distribute.experimental.CommunicationImplementation
     return tf.distribute.MultiWorkerMirroredStrategy(

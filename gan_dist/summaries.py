@@ -33,7 +33,8 @@ class Writer:
 
     def __init__(self, folder: Path, config: Config, first: int) -> None:
         self._folder, self._last = folder, config.run.train_steps
-        self._open(first)
+        # A run that starts over has written at step 0 before, perhaps.
+        self._open(first or -1)
         # On a terminal a bar; in a file or a pod's log, lines.
         self._bar = (
             tqdm.tqdm(total=self._last, initial=first, unit="step", dynamic_ncols=True) if sys.stderr.isatty() else None

@@ -1,6 +1,7 @@
 """`python -m gan_dist.train`: parse, resolve, print or run."""
 
 import contextlib
+import dataclasses
 import logging
 import os
 import sys
@@ -17,6 +18,10 @@ from gan_dist.errors import ClusterNotFormed, EnvironmentFault, PeerLost, UsageE
 from gan_dist.layout import Layout
 from gan_dist.supervision import Watch
 
+# What the shapes and types of the weights depend on.
+_SHAPES = {f.name for f in dataclasses.fields(config_lib.ModelConfig)} - {"latent_mean", "latent_stddev"}
+_SHAPES |= {"resolution", "channels", "precision"}
+
 
 def main(argv: Sequence[str]) -> None:
     """Trains what the flags describe, or, with --dry_run, says what that would be.
@@ -29,15 +34,18 @@ def main(argv: Sequence[str]) -> None:
     _check_known_batch(config, len(cluster.workers))
     if config.data.data_dir and not Path(config.data.data_dir).is_dir():
         raise EnvironmentFault(f"--data_dir={config.data.data_dir} is not a folder; give one, or leave it out.")
-    if config.run.init_from and workdir.read_config(Path(config.run.init_from)) is None:
-        raise UsageError(f"--init_from={config.run.init_from} holds no run (no config.json); give a run's workdir.")
     workdir.check_resume(config)
+    if config.run.init_from and workdir.read_config(Path(config.run.workdir)) is None:
+        _check_init_from(config)
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
     watch = supervision.attach()
     if config.run.dry_run:
         from gan_dist import strategy
 
         gpus = strategy.gpus_here()
+        if config.devices.strategy == "multi_worker" and len(cluster.workers) == 1:
+            print("TF_CONFIG is not set: a cluster of two workers is assumed.")
+            cluster = Cluster(("host0:2222", "host1:2222"))
         print(describe(config, strategy.plan(config.devices, cluster, gpus), gpus))
     elif watch:
         work(config, cluster, watch)
@@ -70,6 +78,22 @@ def _supervise(argv: Sequence[str], config: Config, cluster: Cluster) -> None:
         sys.exit(code)
 
 
+def _check_init_from(config: Config) -> None:
+    """Refuses to start from a run of other networks, before anything is written."""
+    other = workdir.read_config(Path(config.run.init_from), "--init_from")
+    if other is None:
+        raise UsageError(f"--init_from={config.run.init_from} holds no run (no config.json); give a run's workdir.")
+    changed = [
+        f"\n  --{name}: {old} there, {new} now"
+        for name, (old, new) in config_lib.differences(other, config, identity=True).items()
+        if name in _SHAPES
+    ]
+    if changed:
+        raise UsageError(
+            f"--init_from={config.run.init_from} is a run of other networks:{''.join(changed)}\nGive its own values."
+        )
+
+
 def _lock_lost() -> None:
     print("gan_dist: another run has taken the workdir's lock: leaving at once.", file=sys.stderr, flush=True)
     # Without a word to anyone: the child goes with its parent, and must not write again.
@@ -96,15 +120,15 @@ def work(config: Config, cluster: Cluster, watch: Watch) -> None:
         )
         loop.train(config, replicas, watch)
     except tf.errors.ResourceExhaustedError as error:
+        if "No space left" in str(error):
+            # TensorFlow has one error for both.
+            raise _disk_fault(config, error) from error
         raise EnvironmentFault(
             f"Out of memory on a device: {_first_line(error)} Use more devices (--num_devices), a smaller "
             "--global_batch_size or --width, or --precision=bfloat16; --dry_run shows the memory that a replica needs."
         ) from error
     except OSError as error:
-        raise EnvironmentFault(
-            f"--workdir={config.run.workdir}: {error}. Make room or give write permission, and run the same command "
-            "again: it goes on from the last commit."
-        ) from error
+        raise _disk_fault(config, error) from error
     except tf.errors.OpError as error:
         if len(cluster.workers) == 1:
             raise
@@ -126,8 +150,19 @@ def _lost(tf: Any) -> tuple[type[Exception], ...]:
     return tuple(getattr(tf.errors, f"{name}Error") for name in names)
 
 
+def _disk_fault(config: Config, error: Exception) -> EnvironmentFault:
+    reason = "No space left on device" if "No space left" in str(error) else str(error)
+    return EnvironmentFault(
+        f"--workdir={config.run.workdir}: {reason}. Make room or give write permission, and run the same command "
+        "again: it goes on from the last commit."
+    )
+
+
 def _first_line(error: Any) -> str:
-    return error.message.strip().splitlines()[0]
+    """The line of a TensorFlow error that says what happened, not where in the graph."""
+    lines = [line.strip() for line in error.message.splitlines()]
+    where = ("Graph execution error", "Detected at", "[[", "<stack", "File ", "Additional GRPC", "The following")
+    return next((line for line in lines if line and not line.startswith(where)), type(error).__name__)
 
 
 def describe(config: Config, plan: Any, gpus_here: int) -> str:

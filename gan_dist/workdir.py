@@ -46,11 +46,16 @@ def json_bytes(value: Any) -> bytes:
     return (json.dumps(value, indent=2, ensure_ascii=False) + "\n").encode()
 
 
-def read_config(workdir: Path) -> Config | None:
+def read_config(workdir: Path, flag: str = "--workdir") -> Config | None:
     """The configuration that the run in `workdir` was started with; None if there is no run yet.
+
+    Args:
+        workdir: The run's folder.
+        flag: The flag that named it, for messages.
 
     Raises:
         CheckpointError: If the file is there and cannot be read.
+        UsageError: If it is of another version.
     """
     path = workdir / CONFIG
     try:
@@ -59,16 +64,31 @@ def read_config(workdir: Path) -> Config | None:
     except (FileNotFoundError, NotADirectoryError):
         return None
     except PermissionError as error:
-        raise EnvironmentFault(f"--workdir={workdir}: {path} cannot be read ({error.strerror}).") from error
+        raise EnvironmentFault(f"{flag}={workdir}: {path} cannot be read ({error.strerror}).") from error
     except UsageError as error:
         raise UsageError(
-            f"--workdir={workdir}: {error} It may be of another version of gan_dist ({path}); use that version, or "
+            f"{flag}={workdir}: {error} It may be of another version of gan_dist ({path}); use that version, or "
             "start in another folder."
         ) from error
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise CheckpointError(
-            f"--workdir={workdir}: {path} is damaged ({error}). Restore it from a copy, or start in another folder."
+            f"{flag}={workdir}: {path} is damaged ({error}). Restore it from a copy, or start in another folder."
         ) from error
+
+
+def refuse_other_model(workdir: Path, stored: Config, config: Config) -> None:
+    """Refuses to go on with another model or data order.
+
+    Raises:
+        UsageError: With a line for each setting that differs.
+    """
+    changed = config_lib.differences(stored, config, identity=True)
+    if changed:
+        lines = "".join(f"\n  --{name}: {old} in the run, {new} now" for name, (old, new) in changed.items())
+        raise UsageError(
+            f"--workdir={workdir} holds a run of another model or data order:{lines}\n"
+            "Give the run's own values to resume it, or another --workdir to start a new run."
+        )
 
 
 def check_resume(config: Config) -> None:
@@ -81,13 +101,9 @@ def check_resume(config: Config) -> None:
     workdir = Path(config.run.workdir)
     stored = read_config(workdir)
     if stored:
-        changed = config_lib.differences(stored, config, identity=True)
-        if changed:
-            lines = "".join(f"\n  --{name}: {old} in the run, {new} now" for name, (old, new) in changed.items())
-            raise UsageError(
-                f"--workdir={workdir} holds a run of another model or data order:{lines}\n"
-                "Give the run's own values to resume it, or another --workdir to start a new run."
-            )
+        refuse_other_model(workdir, stored, config)
+    if config.run.dry_run:
+        return
     nearest = workdir
     while not nearest.exists() and nearest != nearest.parent:
         nearest = nearest.parent

@@ -53,7 +53,7 @@ class Training:
         self.examples = examples
         self.state = state_lib.create(settings, self.strategy, loaded.num_classes)
         self.layout = Layout(settings.data.global_batch_size, self.strategy.num_replicas_in_sync)
-        pixels = data.on_replicas(self.strategy, loaded.pixels[:examples])
+        pixels = data.on_replicas(self.strategy, data.pack(loaded.pixels[:examples]))
         labels = data.on_replicas(self.strategy, loaded.labels[:examples])
         self.advance = step_lib.compile_block(self.config, self.state, self.strategy, self.layout, pixels, labels)
 
@@ -81,9 +81,17 @@ def start(*flags: str, environment: dict[str, str] | None = None, entry: str = "
 
 
 def start_workers(
-    count: int, *flags: str, only: int | None = None, pause: float = 0.0, environment: dict[str, str] | None = None
+    count: int,
+    *flags: str,
+    only: int | None = None,
+    pause: float = 0.0,
+    environment: dict[str, str] | None = None,
+    each: Sequence[str] = (),
 ) -> list[subprocess.Popen[str]]:
-    """Starts a cluster of worker processes on this host, one thread each: all, or `only` one; with a pause between."""
+    """Starts a cluster of worker processes on this host, one thread each.
+
+    All, or `only` one; with a pause between; `each` is a further flag for each worker.
+    """
     sockets = [socket.socket() for _ in range(count)]
     for free in sockets:
         free.bind(("127.0.0.1", 0))
@@ -92,10 +100,10 @@ def start_workers(
         free.close()
     specs = [{"cluster": {"worker": workers}, "task": {"type": "worker", "index": i}} for i in range(count)]
     started = []
-    for spec in specs if only is None else [specs[only]]:
+    for index in range(count) if only is None else [only]:
         time.sleep(pause if started else 0.0)
-        given = {**(environment or {}), "TF_CONFIG": json.dumps(spec)}
-        started.append(start(*flags, "--intra_op_threads=1", environment=given))
+        given = {**(environment or {}), "TF_CONFIG": json.dumps(specs[index])}
+        started.append(start(*flags, *each[index : index + 1], "--intra_op_threads=1", environment=given))
     return started
 
 

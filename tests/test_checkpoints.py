@@ -1,6 +1,7 @@
 """Commits: whole, verified, or not there."""
 
 import json
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -17,7 +18,7 @@ def variables():
 
 def commit(folder, step, variables):
     variables["step"].assign(step)
-    checkpoints.commit(folder, step, {key: v.numpy() for key, v in variables.items()}, {"gan_dist": "test"})
+    checkpoints.commit(folder, step, {key: v.numpy() for key, v in variables.items()}, {"seed": 3})
 
 
 def data_file(folder, step):
@@ -39,10 +40,10 @@ def test_tensorflow_reads_a_commit_under_the_same_keys(tmp_path, variables):
     assert reader.get_variable_to_shape_map() == {"generator/0_kernel": [2, 3], "step": []}
 
 
-def test_the_marker_names_files_sizes_hashes_tensors_and_versions(tmp_path, variables):
+def test_the_marker_names_files_sizes_hashes_and_tensors_and_what_the_writer_said(tmp_path, variables):
     commit(tmp_path, 1, variables)
     marker = json.loads((tmp_path / "ckpt-1.json").read_text())
-    assert marker["step"] == 1 and marker["versions"] == {"gan_dist": "test"}
+    assert marker["step"] == 1 and checkpoints.about(tmp_path, 1) == {"seed": 3}
     assert set(marker["files"]) == {"ckpt-1.index", "ckpt-1.data-00000-of-00001"}
     for name, file in marker["files"].items():
         assert file["bytes"] == (tmp_path / name).stat().st_size and len(file["sha256"]) == 64
@@ -50,7 +51,7 @@ def test_the_marker_names_files_sizes_hashes_tensors_and_versions(tmp_path, vari
 
 
 def test_only_the_newest_commits_are_kept(tmp_path, variables):
-    saver = checkpoints.Saver(tmp_path, variables, keep=2, keep_every_hours=0, versions={})
+    saver = checkpoints.Saver(tmp_path, variables, keep=2, keep_every_hours=0, about={})
     for step in (0, 5, 10, 100):
         saver.save(step)
     saver.wait()
@@ -61,7 +62,7 @@ def test_only_the_newest_commits_are_kept(tmp_path, variables):
 def test_beside_the_newest_one_commit_is_kept_for_so_many_hours(tmp_path, variables, monkeypatch):
     clock = iter(range(0, 100_000, 1800))
     monkeypatch.setattr(checkpoints.time, "time", lambda: next(clock))
-    saver = checkpoints.Saver(tmp_path, variables, keep=1, keep_every_hours=1, versions={})
+    saver = checkpoints.Saver(tmp_path, variables, keep=1, keep_every_hours=1, about={})
     for step in range(7):
         saver.save(step)
     saver.wait()
@@ -69,7 +70,7 @@ def test_beside_the_newest_one_commit_is_kept_for_so_many_hours(tmp_path, variab
 
 
 def test_a_commit_in_the_background_holds_the_values_at_its_call(tmp_path, variables):
-    saver = checkpoints.Saver(tmp_path, variables, keep=2, keep_every_hours=0, versions={})
+    saver = checkpoints.Saver(tmp_path, variables, keep=2, keep_every_hours=0, about={})
     saver.save(1)
     variables["generator/0_kernel"].assign(-tf.ones([2, 3], tf.float64))
     saver.wait()
@@ -80,7 +81,7 @@ def test_a_commit_in_the_background_holds_the_values_at_its_call(tmp_path, varia
 
 def test_an_error_in_the_background_comes_to_light_at_the_next_look(tmp_path, variables):
     (tmp_path / "file").touch()
-    saver = checkpoints.Saver(tmp_path / "file", variables, keep=2, keep_every_hours=0, versions={})
+    saver = checkpoints.Saver(tmp_path / "file", variables, keep=2, keep_every_hours=0, about={})
     saver.save(1)
     with pytest.raises(EnvironmentFault, match="cannot be written"):
         while True:
@@ -97,6 +98,16 @@ def test_what_a_killed_run_left_is_swept_and_what_is_damaged_is_set_aside(tmp_pa
     names = {path.name for path in tmp_path.iterdir()}
     files = ("json", "index", "data-00000-of-00001")
     assert names == {"notes.txt", *(f"ckpt-3.{e}" for e in files), *(f"damaged-ckpt-8.{e}" for e in files)}
+
+
+def test_the_marker_of_a_commit_goes_before_its_files(tmp_path, variables, monkeypatch):
+    for step in (1, 2):
+        commit(tmp_path, step, variables)
+    gone = []
+    real = Path.unlink
+    monkeypatch.setattr(Path, "unlink", lambda path, **rest: (gone.append(path.name), real(path, **rest))[1])
+    checkpoints.drop(tmp_path, keep=1, keep_every_hours=0)
+    assert gone[0] == "ckpt-1.json" and len(gone) == 3
 
 
 def test_nothing_yet_is_no_error(tmp_path):

@@ -84,7 +84,7 @@ def test_settings_that_change_the_model_or_the_data_order_are_marked():
         ("virtual_devices_per_gpu", 0, "at least 1 devices"),
         ("steps_per_loop", 0, "at least 1 steps"),
         ("intra_op_threads", -1, "at least 0 threads"),
-        ("global_batch_size", 0, "at least 1 images"),
+        ("global_batch_size", 1, "at least 2 images"),
         ("width", 0, "at least 1"),
         ("kernel_size", 0, "at least 1 pixels"),
         ("discriminator_features", -1, "at least 0"),

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import tensorflow as tf
 
 from gan_dist import config as config_lib
 from gan_dist import data, rng
@@ -206,3 +207,11 @@ def test_the_order_depends_on_positions_and_not_on_how_they_are_cut_into_batches
 def test_a_batch_larger_than_the_data_takes_every_example_again():
     counts = np.bincount(data.order(0, 0, 1, 30, 10).ravel())
     np.testing.assert_array_equal(counts, [3] * 10)
+
+
+@pytest.mark.parametrize("shape", [(28, 28, 1), (28, 28, 3), (32, 32, 1), (64, 64, 3)])
+def test_packed_images_come_back_bit_for_bit(shape):
+    pixels = np.random.default_rng(0).integers(0, 256, (5, *shape), np.uint8)
+    packed = data.pack(pixels)
+    assert packed.dtype == np.int64 and packed.nbytes == pixels.nbytes
+    np.testing.assert_array_equal(data.unpack(tf.constant(packed), shape), pixels)

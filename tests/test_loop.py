@@ -122,7 +122,8 @@ def test_init_from_refuses_other_networks_and_leaves_nothing_half_done(tmp_path)
     train(tmp_path / "old", "--train_steps=1")
     with pytest.raises(UsageError, match="--init_from"):
         train(tmp_path / "new", "--train_steps=1", f"--init_from={tmp_path / 'old'}", "--width=8")
-    train(tmp_path / "new", "--train_steps=1", "--width=8")
+    # The way out that the message names.
+    train(tmp_path / "new", "--train_steps=1", f"--init_from={tmp_path / 'old'}")
     assert rows(tmp_path / "new")[-1]["step"] == 1
 
 
@@ -244,3 +245,11 @@ def test_rates_leave_out_the_block_that_compiles():
     assert values["data_wait_pct"] == 25 and values["skipped_steps"] == 2 and values["loss/generator"] == 1
     meter.add(4, ones * 4, 0, 0.0, 4.0)
     assert meter.read(10, 2)["sec/step"] == 1.0
+
+
+def test_the_commit_itself_says_which_model_and_data_order_it_is_of(tmp_path):
+    train(tmp_path, "--train_steps=5")
+    (tmp_path / "config.json").unlink()
+    with pytest.raises(UsageError, match="--seed: 0 in the run, 5 now"):
+        train(tmp_path, "--train_steps=9", "--seed=5")
+    train(tmp_path, "--train_steps=9")

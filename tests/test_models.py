@@ -281,28 +281,42 @@ def test_statistics_over_replicas_are_those_of_the_whole_batch():
     whole = images(1)
     here, elsewhere = tf.split(whole, 2)
     flat = tf.reshape(elsewhere, [-1, 3])
-    others = tf.stack([tf.reduce_sum(flat, 0), tf.reduce_sum(flat**2, 0)])[:, tf.newaxis]
+    others = tf.stack([tf.reduce_mean(flat, 0), tf.reduce_mean(flat**2, 0)])[:, tf.newaxis]
     ours, reference = norm_pair(0)
     shared = ours(here, statistics=BatchStatistics(replicas=2, all_reduce=lambda sums: sums + others))
-    np.testing.assert_allclose(shared, reference(whole, training=True)[:3], rtol=1e-12, atol=1e-12)
+    np.testing.assert_allclose(shared, reference(whole, training=True)[: here.shape[0]], rtol=1e-12, atol=1e-12)
     np.testing.assert_allclose(ours.moving_variance, reference.moving_variance, rtol=1e-12)
 
 
-def test_a_batch_norm_layer_needs_one_all_reduce():
+def test_a_batch_norm_layer_needs_one_all_reduce_and_none_on_one_replica():
     calls = []
     ours, _ = norm_pair(0)
-    ours(images(1), statistics=BatchStatistics(groups=2, all_reduce=lambda sums: calls.append(sums) or sums))
-    assert len(calls) == 1
+    for replicas in (1, 2):
+        statistics = BatchStatistics(2, replicas, all_reduce=lambda sums: calls.append(sums) or replicas * sums)
+        ours(images(1), statistics=statistics)
+        assert len(calls) == replicas - 1
 
 
-def test_the_variance_of_a_constant_batch_is_not_negative():
-    # Each channel is one number throughout; in float32 the mean of its squares comes out below the square of its mean
-    # for some of them, and the root of that would be NaN.
+@pytest.mark.parametrize("replicas", [1, 2])
+def test_a_small_variance_beside_a_large_mean_is_exact_in_float32(replicas):
+    deviations = np.random.default_rng(0).normal(size=(1, 8, 500, 16))
+    x = (1000.0 + deviations).astype(np.float32)
+    statistics = BatchStatistics(replicas=replicas, all_reduce=lambda sums: replicas * sums)
+    mean, variance = statistics.moments(tf.constant(x))
+    exact = x.astype(np.float64)
+    np.testing.assert_allclose(mean, exact.mean((1, 2)), rtol=1e-6)
+    np.testing.assert_allclose(variance, exact.var((1, 2)), rtol=1e-5)
+    # The mean of squares would have lost all of it.
+    naive = tf.reduce_mean(tf.square(x), [1, 2]) - tf.square(tf.reduce_mean(x, [1, 2]))
+    assert np.abs(naive / exact.var((1, 2)) - 1).max() > 1e-2
+
+
+@pytest.mark.parametrize("replicas", [1, 2])
+def test_the_variance_of_a_constant_batch_is_not_negative(replicas):
     constants = np.random.default_rng(0).uniform(1, 1000, 64).astype(np.float32)
-    x = tf.constant(np.broadcast_to(constants, (1, 1000, 64)))
-    mean, variance = BatchStatistics().moments(x)
-    assert (tf.reduce_mean(x**2, 1) - mean**2).numpy().min() < 0, "the numbers of this test no longer round below zero"
-    assert variance.numpy().min() >= 0
+    x = tf.constant(np.broadcast_to(constants, (1, 10, 100, 64)))
+    _, variance = BatchStatistics(replicas=replicas, all_reduce=lambda sums: replicas * sums).moments(x)
+    assert 0 <= variance.numpy().min() and variance.numpy().max() < 1e-6
 
 
 def test_statistics_of_a_bfloat16_batch_are_taken_in_float32():

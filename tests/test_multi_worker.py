@@ -31,3 +31,11 @@ def test_a_chief_that_cannot_start_does_not_leave_the_other_waiting(tmp_path):
     chief, other = runs.start_workers(2, *runs.TINY, "--train_steps=4", f"--workdir={workdir}")
     assert "no usable commit" in runs.finish([chief], code=65)
     assert "The chief could not start" in runs.finish([other], code=171)
+
+
+def test_workers_with_other_flags_are_refused_on_both(tmp_path):
+    chief, other = runs.start_workers(
+        2, *runs.TINY, "--train_steps=4", f"--workdir={tmp_path / 'run'}", each=("--seed=0", "--seed=7")
+    )
+    for worker in (chief, other):
+        assert "1 worker(s) were started with other flags" in runs.finish([worker], code=64)

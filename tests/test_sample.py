@@ -76,6 +76,15 @@ def test_flags_that_only_say_the_same_or_set_a_rhythm_are_no_contradiction(workd
     draw(workdir, tmp_path / "s.png", "--width=4", "--log_every_steps=1", "--num_devices=4", "--num_images=1")
 
 
+def test_a_flagfile_yields_to_the_run_where_the_command_line_may_not(workdir, tmp_path):
+    flagfile = tmp_path / "run.cfg"
+    flagfile.write_text("--width=8\n--accelerator=gpu\n--global_batch_size=512\n")
+    output = f"--output={tmp_path / 's.png'}"
+    sample.main([f"--flagfile={flagfile}", f"--workdir={workdir}", output, "--num_images=1"])
+    with pytest.raises(UsageError, match="--width=8 contradicts"):
+        sample.main([f"--flagfile={flagfile}", f"--workdir={workdir}", output, "--width=8"])
+
+
 def test_a_label_without_a_conditional_model_is_refused(tmp_path):
     config = runs.config(*runs.TINY, "--train_steps=1", f"--workdir={tmp_path}")
     loop.train(config, strategy.create(config.devices))

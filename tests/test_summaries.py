@@ -47,6 +47,9 @@ def test_scalars_have_the_same_keys_and_values_in_file_and_tensorboard(folder):
 def test_the_configuration_is_shown_as_text_once(folder):
     write(folder, 0, [10])
     write(folder, 10, [20])
+    # And a run that was killed before its first commit after step 0 starts over.
+    write(folder, 0, [10])
+    assert [step for step, tag, _ in events(folder) if tag == "samples"] == [10]
     texts = [tf.make_ndarray(v.tensor).item().decode() for _, tag, v in events(folder) if tag == "config"]
     assert len(texts) == 1 and '"global_batch_size": 128' in texts[0]
 

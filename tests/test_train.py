@@ -67,7 +67,7 @@ def test_help_lists_every_flag_without_tensorflow():
 
 
 def test_a_folder_of_another_run_is_refused_before_tensorflow_is_imported(tmp_path):
-    train.main([*runs.TINY, "--train_steps=1", f"--workdir={tmp_path}"])
+    runs.finish([runs.start(*runs.TINY, "--train_steps=1", f"--workdir={tmp_path}")])
     code, message = refused(*runs.TINY, f"--workdir={tmp_path}", "--width=8")
     assert code == 64 and "--width: 4 in the run, 8 now" in message
 
@@ -116,6 +116,24 @@ def test_a_dry_run_says_what_would_run_and_writes_nothing(tmp_path, capsys):
     assert "these GPUs are not here" in text and "--accelerator=cpu" in text
     assert "generator 846,273" in text and "discriminator 6,632,385" in text and "GB a replica" in text
     assert not (tmp_path / "run").exists()
+
+
+def test_a_dry_run_of_several_hosts_needs_no_cluster(tmp_path, capsys):
+    flagfile = f"--flagfile={runs.CONFIGS / 'multi_worker_2x_a100x8.cfg'}"
+    train.main([flagfile, f"--workdir={tmp_path / 'run'}", "--dry_run"])
+    text = capsys.readouterr().out
+    assert "2 worker(s) x 8 GPU device(s) = 16 replica(s)" in text and "TF_CONFIG is not set" in text
+
+
+def test_init_from_is_looked_at_when_a_run_starts_and_not_when_it_goes_on(tmp_path):
+    old, new = tmp_path / "old", tmp_path / "new"
+    runs.finish([runs.start(*runs.TINY, "--train_steps=1", f"--workdir={old}")])
+    flags = (*runs.TINY, f"--workdir={new}", f"--init_from={old}")
+    code, message = refused(*flags, "--width=8")
+    assert code == 64 and "--width: 4 there, 8 now" in message and not new.exists()
+    runs.finish([runs.start(*flags, "--train_steps=1")])
+    old.rename(tmp_path / "gone")
+    assert "resumed from" in runs.finish([runs.start(*flags, "--train_steps=2")])
 
 
 def test_the_memory_of_a_replica_grows_with_its_share_and_with_the_precision():
