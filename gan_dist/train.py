@@ -142,6 +142,9 @@ def work(config: Config, cluster: Cluster, watch: Watch) -> None:
             f"Worker {cluster.index} lost a peer: {_first_line(error)} {rendezvous.missing_peers(cluster)} Start all "
             "workers again; they go on from the last commit."
         ) from error
+    finally:
+        # However it ends: TensorFlow may hang on its way out of a cluster.
+        watch.phase(supervision.LEAVING)
 
 
 def _lost(tf: Any) -> tuple[type[Exception], ...]:
