@@ -30,7 +30,7 @@ def test_a_chief_that_cannot_start_does_not_leave_the_other_waiting(tmp_path):
     (workdir / "checkpoints" / "ckpt-5.index").touch()
     chief, other = runs.start_workers(2, *runs.TINY, "--train_steps=4", f"--workdir={workdir}")
     assert "no usable commit" in runs.finish([chief], code=65)
-    assert "The chief could not start" in runs.finish([other], code=171)
+    assert "The chief cannot go on" in runs.finish([other], code=171)
 
 
 def test_workers_with_other_flags_are_refused_on_both(tmp_path):
