@@ -37,14 +37,22 @@ class Saver:
         variables: By key. On the chief alone: they are equal on all replicas.
         keep: How many of the newest commits stay.
         keep_every_hours: Beside these stays one commit for so many hours; 0: none.
+        every: Beside these stays the newest commit at a multiple of so many steps, which a run may have to go back
+            to; 0: none.
         about: Goes into the markers, as `about` gives it back.
     """
 
     def __init__(
-        self, folder: Path, variables: Mapping[str, tf.Variable], keep: int, keep_every_hours: float, about: Any
+        self,
+        folder: Path,
+        variables: Mapping[str, tf.Variable],
+        keep: int,
+        keep_every_hours: float,
+        every: int,
+        about: Any,
     ) -> None:
         self._folder, self._variables, self._about = folder, variables, about
-        self._keep, self._keep_every_hours = keep, keep_every_hours
+        self._keep, self._keep_every_hours, self._every = keep, keep_every_hours, every
         self._thread = concurrent.futures.ThreadPoolExecutor(1, "saver")
         self._writing: concurrent.futures.Future[None] | None = None
 
@@ -81,7 +89,7 @@ class Saver:
     def _write(self, step: int, arrays: Arrays) -> None:
         commit(self._folder, step, arrays, self._about)
         try:
-            drop(self._folder, self._keep, self._keep_every_hours)
+            drop(self._folder, self._keep, self._keep_every_hours, self._every)
         except OSError as error:
             _log.warning("Old commits in %s cannot be removed: %s.", self._folder, error)
 
@@ -130,10 +138,13 @@ def about(folder: Path, step: int) -> Any:
     return json.loads((folder / f"ckpt-{step}.json").read_text(encoding="utf-8")).get("about")
 
 
-def drop(folder: Path, keep: int, keep_every_hours: float) -> None:
-    """Removes all but the newest `keep` commits, and one for every `keep_every_hours` (0: none)."""
+def drop(folder: Path, keep: int, keep_every_hours: float, every: int) -> None:
+    """Removes all commits but those that `Saver` keeps."""
     last = -math.inf
+    regular = [step for step in steps(folder) if every and step % every == 0][-1:]
     for step in steps(folder)[:-keep]:
+        if step in regular:
+            continue
         written = _time(folder, step) if keep_every_hours else 0.0
         if keep_every_hours and written - last >= keep_every_hours * 3600:
             last = written
@@ -166,14 +177,25 @@ def steps(folder: Path) -> list[int]:
     return sorted(int(match[1]) for match in found if match)
 
 
-def newest_valid(folder: Path) -> int | None:
+def discard_after(folder: Path, step: int) -> None:
+    """Removes the commits after `step`: the run goes on from there in another way."""
+    for later in steps(folder):
+        if later > step:
+            _remove(folder, later)
+
+
+def newest_valid(folder: Path, every: int = 1) -> int | None:
     """The newest step whose commit is whole; None where nothing was ever committed.
+
+    Args:
+        folder: Where commits are.
+        every: Only commits at a multiple of so many steps.
 
     Raises:
         CheckpointError: If there are files of checkpoints, and no commit that can be used.
     """
     reasons = []
-    for step in reversed(steps(folder)):
+    for step in reversed([step for step in steps(folder) if step % every == 0]):
         try:
             verify(folder, step)
         except CheckpointError as error:

@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import os
 import sys
 import textwrap
 from collections.abc import Callable, Iterator, Sequence
@@ -79,17 +80,24 @@ def parse(argv: Sequence[str], entry: str, own: type | None = None) -> Parsed:
 
 def run(main: Callable[[Sequence[str]], None]) -> NoReturn:
     """Calls an entry point with the process's arguments and leaves with its exit code."""
+    code = 0
+    # The exit code must not depend on whether somebody still reads the output.
+    with contextlib.suppress(BrokenPipeError):
+        try:
+            main(sys.argv[1:])
+        except HelpRequested as help_text:
+            print(help_text, flush=True)
+        except GanDistError as error:
+            code = error.exit_code
+            print(f"gan_dist: {error}", file=sys.stderr, flush=True)
+        except KeyboardInterrupt:
+            code = 130
+            print("gan_dist: interrupted; the same command goes on from the last commit.", file=sys.stderr, flush=True)
     try:
-        main(sys.argv[1:])
-    except HelpRequested as help_text:
-        print(help_text)
-    except GanDistError as error:
-        print(f"gan_dist: {error}", file=sys.stderr)
-        sys.exit(error.exit_code)
-    except KeyboardInterrupt:
-        print("gan_dist: interrupted; the same command goes on from the last commit.", file=sys.stderr)
-        sys.exit(130)
-    sys.exit(0)
+        sys.stdout.flush()
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    sys.exit(code)
 
 
 def packaged_configs() -> Path:

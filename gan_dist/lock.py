@@ -5,7 +5,9 @@ machine a look at the process table answers at once. It works on any storage tha
 """
 
 import contextlib
+import fcntl
 import json
+import logging
 import os
 import secrets
 import socket
@@ -19,6 +21,8 @@ from gan_dist import workdir
 from gan_dist.errors import EnvironmentFault
 
 NAME = "lock"
+
+_log = logging.getLogger("gan_dist")
 
 
 @contextlib.contextmanager
@@ -36,7 +40,8 @@ def held(folder: Path, lease_secs: float, lost: Callable[[], None]) -> Iterator[
     new = not folder.exists()
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        lock = _acquire(folder / NAME, lease_secs)
+        with _alone(folder):
+            lock = _acquire(folder / NAME, lease_secs)
     except OSError as error:
         raise EnvironmentFault(f"--workdir={folder} cannot be written: {error}. Give another --workdir.") from error
     ended = threading.Event()
@@ -45,7 +50,9 @@ def held(folder: Path, lease_secs: float, lost: Callable[[], None]) -> Iterator[
         while not ended.wait(lease_secs / 3):
             # A full disk or a server away for a moment must not end the run: a lease is three renewals long.
             with contextlib.suppress(OSError):
-                if _owner(lock.path) != lock.owner:
+                owner = _owner(lock.path)
+                # A lock that cannot be read, or is not there, is nobody else's.
+                if owner and owner != lock.owner:
                     lost()
                     return
                 lock.write()
@@ -63,6 +70,19 @@ def held(folder: Path, lease_secs: float, lost: Callable[[], None]) -> Iterator[
                 if new:
                     # Only where the run left nothing in it.
                     folder.rmdir()
+
+
+@contextlib.contextmanager
+def _alone(folder: Path) -> Iterator[None]:
+    """Keeps others on this machine from looking at the lock while this process looks and writes."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        # Some network file systems lock no folders; there the look after the write has to do.
+        with contextlib.suppress(OSError):
+            fcntl.flock(descriptor, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(descriptor)
 
 
 class _Lock:
@@ -83,12 +103,19 @@ def _acquire(path: Path, lease_secs: float) -> _Lock:
     lock = _Lock(path)
     try:
         with open(path, "xb") as file:
-            file.write(lock.content())
+            try:
+                file.write(lock.content())
+                file.flush()
+            except OSError:
+                path.unlink()
+                raise
         return lock
     except FileExistsError:
         pass
     before = _read(path)
     alive = _runs_here(before)
+    if alive is None:
+        _log.warning("%s is of another machine: watching for %g s whether its owner lives", path, lease_secs)
     if _changes(path, before, lease_secs) if alive is None else alive:
         raise EnvironmentFault(
             f"--workdir={path.parent} is in use by a live run: process {before.get('pid', '?')} on "
@@ -152,4 +179,13 @@ def _runs_here(content: dict[str, Any]) -> bool | None:
     """Whether the process of a lock lives; None if that cannot be seen from this machine."""
     if not _machine() or content.get("machine") != _machine():
         return None
-    return bool(content.get("started")) and _started(int(content.get("pid", 0))) == content.get("started")
+    pid = content.get("pid", 0)
+    return bool(content.get("started")) and _started(pid) == content.get("started") and not _ended(pid)
+
+
+def _ended(pid: int) -> bool:
+    """Whether the process has ended, and only its parent has not looked yet."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] in ("Z", "X")
+    except (OSError, IndexError):
+        return True

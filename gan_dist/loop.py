@@ -89,6 +89,7 @@ class _Run:
             self._variables,
             config.loop.keep_checkpoints,
             config.loop.keep_every_hours,
+            config.loop.checkpoint_every_steps,
             {"settings": config_lib.to_dict(config), "versions": environment()["versions"]},
         )
         stack.callback(self._saver.close)
@@ -221,7 +222,7 @@ class _Run:
                 "Lower --generator_lr and --discriminator_lr, or start in another --workdir."
             )
         self._wait_for_save()
-        self._restore(self._newest)
+        self._restore(self._regular)
         self._state.counters["attempt"].assign(attempt)
         self._state.counters["consecutive_skips"].assign(0)
         _log.warning("%s: back to step %d with other noise, attempt %d.", message, self._counter("step"), attempt)
@@ -244,10 +245,12 @@ class _Run:
         checkpoints.restore(self._commits, step, self._variables)
         self._committed = step
 
-    def _newest(self) -> int:
-        newest = checkpoints.newest_valid(self._commits)
+    def _regular(self) -> int:
+        """The commit to go back to: where steps say, not a clock or a signal, or a resumed run would go elsewhere."""
+        newest = checkpoints.newest_valid(self._commits, self._config.loop.checkpoint_every_steps or 1)
         if newest is None:
             raise CheckpointError(f"{self._commits} has lost its commits; restore the folder from a copy.")
+        checkpoints.discard_after(self._commits, newest)
         return newest
 
     def _prepare(self) -> int:

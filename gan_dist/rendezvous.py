@@ -1,11 +1,14 @@
 """Whether the workers of a cluster are there: names, ports. Standard library only."""
 
 import errno
+import logging
 import socket
 import time
 
 from gan_dist.cluster import Cluster
-from gan_dist.errors import ClusterNotFormed
+from gan_dist.errors import ClusterNotFormed, EnvironmentFault
+
+_log = logging.getLogger("gan_dist")
 
 _POLL_SECS = 1.0
 _CONNECT_SECS = 1.0
@@ -18,12 +21,16 @@ def wait_for_names(cluster: Cluster, limit_secs: float) -> None:
         ClusterNotFormed: After `limit_secs` (0: for ever), naming the hosts that have none.
     """
     deadline = time.monotonic() + limit_secs
+    said = False
     while nameless := [worker for worker in cluster.workers if not _resolves(worker)]:
         if limit_secs and time.monotonic() >= deadline:
             raise ClusterNotFormed(
                 f"No address for {', '.join(nameless)} in {limit_secs:g} s (TF_CONFIG). Check the names, and that "
                 "those hosts are up; then start all workers again."
             )
+        if not said:
+            _log.info("waiting for an address of %s", ", ".join(nameless))
+            said = True
         time.sleep(_POLL_SECS)
 
 
@@ -42,7 +49,10 @@ def check_own_port(cluster: Cluster) -> None:
             probe.bind(("", port))
         except OSError as error:
             if error.errno != errno.EADDRINUSE:
-                raise
+                raise EnvironmentFault(
+                    f"Port {port} of worker {cluster.index} ({own}, TF_CONFIG) cannot be used: {error.strerror}. Give "
+                    "another, from 1024 up, to all workers."
+                ) from error
             raise ClusterNotFormed(
                 f"Port {port} of worker {cluster.index} ({own}, TF_CONFIG) is in use by another process here. End "
                 "that process, or give another port to all workers."

@@ -198,7 +198,10 @@ def _update(config: Config, state: State, layout: Layout) -> Callable[..., tf.Te
         new_g = {**new_weights, **averages}
 
         # Nothing has been assigned yet: a step that is not finite leaves no trace but in the counters.
-        ok = d_finite & g_finite
+        # After too many such steps in a row the rest of the block stands still: where the run goes back from must not
+        # depend on how long a block is.
+        going_on = old["consecutive_skips"] < config.limits.max_consecutive_skips
+        ok = d_finite & g_finite & going_on
         rate = tf.cast(_ema_rate(decay, old["generator_optimizer/count"]), g_loss.dtype)
         ema = _group(old, "ema")
         new = {
@@ -214,7 +217,9 @@ def _update(config: Config, state: State, layout: Layout) -> Callable[..., tf.Te
         }
         skipped = {
             **old,
-            **{name: old[name] + 1 for name in ("step", "skipped_steps", "consecutive_skips")},
+            **{
+                name: old[name] + tf.cast(going_on, tf.int64) for name in ("step", "skipped_steps", "consecutive_skips")
+            },
         }
         keys = list(variables)
         optimizers.assign_where(ok, [variables[k] for k in keys], [new[k] for k in keys], [skipped[k] for k in keys])

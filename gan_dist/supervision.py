@@ -62,6 +62,8 @@ class Child(Watch):
         os.set_blocking(self._wake, False)
         # A child whose parent is killed must not go on alone, with nobody who keeps the lock.
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+        # Until `take_signals` a signal to the child itself ends it, without Python's own way out.
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
         # SIGABRT, the parent's last word but one, prints the stacks of all threads.
         faulthandler.enable()
         threading.Thread(target=self._listen, name="supervision", daemon=True).start()
@@ -173,9 +175,9 @@ def _watch(
             if phase in (STARTING, CLUSTER):
                 _say(f"{name} while {phase}: nothing to save; the same command goes on.")
                 return STOPPED
-            _say(f"{name}: stopping after this block of steps; a second signal leaves at once.")
             with contextlib.suppress(BrokenPipeError):
                 os.write(ask, b"s")
+            _say(f"{name}: stopping after this block of steps; a second signal leaves at once.")
         if limit and time.monotonic() - began >= limit:
             return _too_long(child, phase, limit, missing)
 
@@ -193,9 +195,11 @@ def _too_long(child: "subprocess.Popen[bytes]", phase: str, limit: float, missin
 def _exit_code(returncode: int) -> int:
     if returncode >= 0:
         return returncode
-    # SIGTERM to a child that did not listen yet: there was nothing to save.
-    return STOPPED if returncode == -signal.SIGTERM else 128 - returncode
+    # To a child that did not listen yet: there was nothing to save.
+    return STOPPED if -returncode in (signal.SIGTERM, signal.SIGINT) else 128 - returncode
 
 
 def _say(text: str) -> None:
-    print(f"gan_dist: {text}", file=sys.stderr, flush=True)
+    # Whoever read our output may be gone; what we have to do stays.
+    with contextlib.suppress(OSError):
+        print(f"gan_dist: {text}", file=sys.stderr, flush=True)

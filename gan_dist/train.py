@@ -2,8 +2,10 @@
 
 import contextlib
 import dataclasses
+import errno
 import logging
 import os
+import signal
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -14,10 +16,12 @@ from gan_dist import cluster as cluster_lib
 from gan_dist import config as config_lib
 from gan_dist.cluster import Cluster
 from gan_dist.config import Config
-from gan_dist.errors import ClusterNotFormed, EnvironmentFault, PeerLost, UsageError
+from gan_dist.errors import ClusterNotFormed, EnvironmentFault, PeerLost, StopRequested, UsageError
 from gan_dist.layout import Layout
 from gan_dist.supervision import Watch
 
+# Of a workdir that cannot be written, or not any more.
+_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO, errno.ENOENT, errno.ESTALE)
 # What the shapes and types of the weights depend on.
 _SHAPES = {f.name for f in dataclasses.fields(config_lib.ModelConfig)} - {"latent_mean", "latent_stddev"}
 _SHAPES |= {"resolution", "channels", "precision"}
@@ -65,6 +69,14 @@ def _supervise(argv: Sequence[str], config: Config, cluster: Cluster) -> None:
         supervision.LEAVING: limits.exit_timeout_secs,
     }
     command = [sys.executable, "-m", "gan_dist.train", *argv]
+
+    def stop(number: int, _: Any) -> None:
+        raise StopRequested(f"{signal.Signals(number).name} while waiting: nothing to save; the same command goes on.")
+
+    # Until there is a child, and supervision.run has its own.
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, stop)
+    _log_to_stdout()
     with contextlib.ExitStack() as stack:
         if cluster.index == 0:
             # Taken by the parent, which lives when the child is stuck.
@@ -128,6 +140,8 @@ def work(config: Config, cluster: Cluster, watch: Watch) -> None:
             "--global_batch_size or --width, or --precision=bfloat16; --dry_run shows the memory that a replica needs."
         ) from error
     except OSError as error:
+        if error.errno not in _DISK:
+            raise
         raise _disk_fault(config, error) from error
     except tf.errors.OpError as error:
         if len(cluster.workers) == 1:

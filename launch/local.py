@@ -18,10 +18,11 @@ import time
 from collections import deque
 from collections.abc import Sequence
 from pathlib import Path
+from typing import NoReturn
 
 # gan_dist/errors.py says which codes a launcher must, and must not, answer with another start.
-_NEVER_AGAIN = (64, 65, 78)
-_SECOND_SIGNAL = 130
+_USAGE = 64
+_NEVER_AGAIN = (_USAGE, 65, 78, 130)
 # From TERM, which lets a worker commit, to KILL.
 _GRACE_SECS = 60.0
 _LAST_LINES = 20
@@ -112,7 +113,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _parse(arguments: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
-    parser = argparse.ArgumentParser(prog="python -m launch.local", description=__doc__.split("\n")[0])
+    parser = _Parser(prog="python -m launch.local", description=__doc__.split("\n")[0])
     parser.add_argument("--num_workers", type=_at_least(1), required=True, help="worker processes on this host")
     parser.add_argument("--devices_per_worker", type=_at_least(1), help="passed on as --num_devices")
     parser.add_argument("--max_restarts", type=_at_least(0), default=3, help="further starts of all workers (3)")
@@ -120,6 +121,13 @@ def _parse(arguments: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
     parser.add_argument("flags", nargs="*", help="after --: the flags of gan_dist.train")
     options = parser.parse_args(arguments)
     return options, options.flags
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        self.print_usage(sys.stderr)
+        _say(f"{message}. The flags of gan_dist.train go after --.")
+        sys.exit(_USAGE)
 
 
 def _at_least(minimum: int):
@@ -138,6 +146,8 @@ def _run(gang: Sequence[Worker], signals: list[int]) -> tuple[Worker, int]:
     deadline = 0.0
     try:
         while any(worker.code() is None for worker in gang):
+            if signals and not deadline:
+                deadline = time.monotonic() + _GRACE_SECS
             for number in signals[passed_on:]:
                 for worker in gang:
                     worker.signal(number)
@@ -146,11 +156,11 @@ def _run(gang: Sequence[Worker], signals: list[int]) -> tuple[Worker, int]:
             if bad and not failed:
                 # A cause before its effects: a peer that was lost says so of another.
                 failed = min(bad, key=lambda worker: worker.code() in (170, 171, 172, 173))
-                deadline = time.monotonic() + _GRACE_SECS
+                deadline = deadline or time.monotonic() + _GRACE_SECS
                 if not signals:
                     for worker in gang:
                         worker.signal(signal.SIGTERM)
-            if failed and time.monotonic() > deadline:
+            if deadline and time.monotonic() > deadline:
                 _say("workers that do not end are killed")
                 for worker in gang:
                     worker.signal(signal.SIGKILL)

@@ -51,7 +51,7 @@ def test_the_marker_names_files_sizes_hashes_and_tensors_and_what_the_writer_sai
 
 
 def test_only_the_newest_commits_are_kept(tmp_path, variables):
-    saver = checkpoints.Saver(tmp_path, variables, keep=2, keep_every_hours=0, about={})
+    saver = checkpoints.Saver(tmp_path, variables, keep=2, keep_every_hours=0, every=0, about={})
     for step in (0, 5, 10, 100):
         saver.save(step)
     saver.wait()
@@ -62,15 +62,26 @@ def test_only_the_newest_commits_are_kept(tmp_path, variables):
 def test_beside_the_newest_one_commit_is_kept_for_so_many_hours(tmp_path, variables, monkeypatch):
     clock = iter(range(0, 100_000, 1800))
     monkeypatch.setattr(checkpoints.time, "time", lambda: next(clock))
-    saver = checkpoints.Saver(tmp_path, variables, keep=1, keep_every_hours=1, about={})
+    saver = checkpoints.Saver(tmp_path, variables, keep=1, keep_every_hours=1, every=0, about={})
     for step in range(7):
         saver.save(step)
     saver.wait()
     assert checkpoints.steps(tmp_path) == [0, 2, 4, 6]
 
 
+def test_the_commit_to_go_back_to_is_kept_and_found_beside_newer_ones(tmp_path, variables):
+    saver = checkpoints.Saver(tmp_path, variables, keep=1, keep_every_hours=0, every=10, about={})
+    for step in (0, 10, 13, 17):
+        saver.save(step)
+    saver.wait()
+    assert checkpoints.steps(tmp_path) == [10, 17]
+    assert checkpoints.newest_valid(tmp_path) == 17 and checkpoints.newest_valid(tmp_path, every=10) == 10
+    checkpoints.discard_after(tmp_path, 10)
+    assert checkpoints.steps(tmp_path) == [10]
+
+
 def test_a_commit_in_the_background_holds_the_values_at_its_call(tmp_path, variables):
-    saver = checkpoints.Saver(tmp_path, variables, keep=2, keep_every_hours=0, about={})
+    saver = checkpoints.Saver(tmp_path, variables, keep=2, keep_every_hours=0, every=0, about={})
     saver.save(1)
     variables["generator/0_kernel"].assign(-tf.ones([2, 3], tf.float64))
     saver.wait()
@@ -81,7 +92,7 @@ def test_a_commit_in_the_background_holds_the_values_at_its_call(tmp_path, varia
 
 def test_an_error_in_the_background_comes_to_light_at_the_next_look(tmp_path, variables):
     (tmp_path / "file").touch()
-    saver = checkpoints.Saver(tmp_path / "file", variables, keep=2, keep_every_hours=0, about={})
+    saver = checkpoints.Saver(tmp_path / "file", variables, keep=2, keep_every_hours=0, every=0, about={})
     saver.save(1)
     with pytest.raises(EnvironmentFault, match="cannot be written"):
         while True:
@@ -106,7 +117,7 @@ def test_the_marker_of_a_commit_goes_before_its_files(tmp_path, variables, monke
     gone = []
     real = Path.unlink
     monkeypatch.setattr(Path, "unlink", lambda path, **rest: (gone.append(path.name), real(path, **rest))[1])
-    checkpoints.drop(tmp_path, keep=1, keep_every_hours=0)
+    checkpoints.drop(tmp_path, keep=1, keep_every_hours=0, every=0)
     assert gone[0] == "ckpt-1.json" and len(gone) == 3
 
 

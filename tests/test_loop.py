@@ -192,6 +192,22 @@ def test_a_run_that_goes_back_takes_other_noise_and_data_and_ends(tmp_path, monk
     assert tensorboard_steps(tmp_path, "loss/generator") == [4, 8, 12, 13]
 
 
+@pytest.mark.parametrize("disturbance", ["shorter blocks", "a stop before", "commits by the clock"])
+def test_where_a_run_goes_back_to_depends_on_steps_alone(tmp_path, monkeypatch, disturbance):
+    poison(monkeypatch, [6, 7, 8, 9])
+    flags = ("--train_steps=13", "--max_consecutive_skips=3", "--log_every_steps=0", "--sample_every_steps=0")
+    train(tmp_path / "straight", *flags, "--steps_per_loop=5")
+    disturbed = tmp_path / "disturbed"
+    if disturbance == "shorter blocks":
+        train(disturbed, *flags, "--steps_per_loop=1")
+    elif disturbance == "a stop before":
+        train(disturbed, *flags, "--train_steps=7", "--steps_per_loop=1")
+        train(disturbed, *flags, "--steps_per_loop=2")
+    else:
+        train(disturbed, *flags, "--steps_per_loop=1", "--checkpoint_every_secs=1e-9", "--keep_checkpoints=1")
+    runs.assert_close(runs.committed(disturbed, 13), runs.committed(tmp_path / "straight", 13), atol=0)
+
+
 def test_a_live_run_keeps_its_folder(tmp_path):
     with lock.held(tmp_path, 30, lost=lambda: None), pytest.raises(EnvironmentFault, match="in use by a live run"):
         train(tmp_path, "--train_steps=1")

@@ -13,7 +13,7 @@ import pytest
 PARENT = """
 import sys
 from gan_dist import supervision
-deadlines = {"starting": 60.0, "forming the cluster": 1.0, "saving": 1.0}
+deadlines = {"starting": 60.0, "forming the cluster": float(sys.argv[2]), "saving": 1.5}
 sys.exit(supervision.run([sys.executable, "-c", sys.argv[1]], deadlines, lambda: "No answer from worker 1 (b:2)."))
 """
 CHILD = """
@@ -25,9 +25,12 @@ def forever_without_the_interpreter():
 """
 
 
-def start(child: str) -> subprocess.Popen[str]:
+def start(child: str, cluster_secs: float = 60.0) -> subprocess.Popen[str]:
     return subprocess.Popen(
-        [sys.executable, "-c", PARENT, CHILD + child], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+        [sys.executable, "-c", PARENT, CHILD + child, str(cluster_secs)],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
     )
 
 
@@ -49,7 +52,9 @@ def test_the_childs_exit_code_is_the_parents(child, code):
     assert finish(start(child))[0] == code
 
 
-@pytest.mark.parametrize(("number", "code"), [(signal.SIGKILL, 137), (signal.SIGSEGV, 139), (signal.SIGTERM, 170)])
+@pytest.mark.parametrize(
+    ("number", "code"), [(signal.SIGKILL, 137), (signal.SIGSEGV, 139), (signal.SIGTERM, 170), (signal.SIGINT, 170)]
+)
 def test_a_signal_that_ends_the_child_becomes_a_code(number, code):
     assert finish(start(f"os.kill(os.getpid(), {int(number)})"))[0] == code
 
@@ -75,6 +80,16 @@ def test_a_stop_later_is_a_request(number):
     assert code == 170 and "asked" in text and "stopping after this block" in text
 
 
+def test_a_stop_is_asked_for_when_nobody_reads_the_output_any_more():
+    child = "watch.phase('a block of steps'); print('up', flush=True)\n"
+    process = start(child + "while not watch.stop_requested(): time.sleep(0.01)\nos._exit(170)")
+    wait_for(process, "up")
+    assert process.stdout is not None
+    process.stdout.close()
+    process.send_signal(signal.SIGTERM)
+    assert process.wait(60) == 170
+
+
 def test_a_second_signal_leaves_at_once():
     process = start("watch.phase('a block of steps'); print('up', flush=True); forever_without_the_interpreter()")
     wait_for(process, "up")
@@ -96,7 +111,7 @@ def test_a_signal_to_the_child_itself_is_a_request_too(number):
 @pytest.mark.parametrize("how", ["forever_without_the_interpreter()", "os.kill(os.getpid(), signal.SIGSTOP)"])
 def test_a_phase_that_lasts_too_long_ends_the_child(how):
     code, text = finish(start(f"watch.phase('saving'); {how}"))
-    assert code == 172 and "saving has lasted 1 s" in text
+    assert code == 172 and "saving has lasted 1.5 s" in text
 
 
 def test_the_stacks_of_all_threads_are_printed_before_the_end():
@@ -105,7 +120,7 @@ def test_the_stacks_of_all_threads_are_printed_before_the_end():
 
 
 def test_a_cluster_that_does_not_form_names_who_is_missing():
-    code, text = finish(start("watch.phase('forming the cluster'); forever_without_the_interpreter()"))
+    code, text = finish(start("watch.phase('forming the cluster'); forever_without_the_interpreter()", 1.0))
     assert code == 173 and "No answer from worker 1 (b:2)." in text
 
 

@@ -86,11 +86,21 @@ def end_like_straight(workdir, straight, *flags):
 @pytest.mark.parametrize("seed", range(30))
 @happens("`kill -9` of a run at any instant", "the same command ends with the same bits")
 def test_a_kill_at_a_random_instant_changes_no_bit_of_the_end(seed, workdir, straight):
-    # A run lasts some 6 s here, most of them start-up: later instants are as likely as the phases are long.
-    process = runs.start(*FLAGS, "--checkpoint_every_steps=1", f"--workdir={workdir}")
-    time.sleep(random.Random(seed).uniform(0.2, 7.0))
+    dice = random.Random(seed)
+    process = runs.start(*FLAGS, "--checkpoint_every_steps=1", "--steps_per_loop=1", f"--workdir={workdir}")
+    commits = workdir / "checkpoints"
+    if seed % 3 == 0:
+        # Start-up and tracing are most of a short run's time.
+        time.sleep(dice.uniform(0.2, 4.0))
+    else:
+        # Among the steps after a commit; or while one is written: its files are there, and its marker is not.
+        step = dice.randrange(1, STEPS - 2)
+        suffix = "json" if seed % 3 == 1 else "index"
+        wait_until(lambda: (commits / f"ckpt-{step}.{suffix}").exists(), [process])
+        time.sleep(dice.uniform(0, 0.02) if suffix == "json" else 0)
     process.kill()
     process.communicate()
+    assert process.returncode == -signal.SIGKILL
     end_like_straight(workdir, straight)
 
 
@@ -105,18 +115,19 @@ def test_a_stop_while_steps_run_commits(number, workdir):
     assert step >= 1000 and runs.committed(workdir, step)["step"] == step
 
 
+@pytest.mark.parametrize("number", [signal.SIGTERM, pytest.param(signal.SIGINT, marks=pytest.mark.slow)])
 @happens("SIGTERM or SIGINT in start-up", "170 at once; nothing to save")
-def test_a_stop_in_start_up_leaves_at_once(workdir, straight):
+def test_a_stop_in_start_up_leaves_at_once(number, workdir, straight):
     process = runs.start(*FLAGS, f"--workdir={workdir}")
     wait_until(lambda: (workdir / "lock").exists(), [process])
     time.sleep(0.5)
-    process.send_signal(signal.SIGTERM)
+    process.send_signal(number)
     assert "nothing to save" in runs.finish([process], code=170)
     end_like_straight(workdir, straight)
 
 
 @happens(
-    "SIGTERM or SIGINT while the first step is traced",
+    "SIGTERM while the first step is traced",
     "170 after that block at the latest; a commit if a step was done",
 )
 def test_a_stop_while_the_first_step_is_traced_is_not_lost(workdir, straight):
@@ -149,6 +160,7 @@ def test_a_second_signal_leaves_at_once(workdir):
     time.sleep(1.0)
     process.send_signal(signal.SIGINT)
     runs.finish([process], code=130)
+    assert runs.committed(workdir, 0)["step"] == 0
 
 
 @happens("a worker dies", "171 on the others, naming it; start all again")
@@ -174,7 +186,7 @@ def test_a_frozen_worker_is_noticed(workdir):
     assert codes[0] in (171, 172) and codes[1] == 172
 
 
-@happens("a worker is stuck, and lives", "172 on all of them, with the stacks of all threads")
+@happens("a worker is stuck, and lives", "172 on it, with the stacks of all threads; 171 or 172 on the others")
 def test_a_stuck_worker_ends_the_gang(workdir):
     flags = ("--step_timeout_secs=8", "--steps_per_loop=5")
     workers = runs.start_workers(2, *FLAGS, *flags, f"--workdir={workdir}", environment=fault("stuck:20"))
@@ -203,7 +215,19 @@ def test_a_late_worker_is_waited_for(workdir):
     assert runs.committed(workdir, STEPS)["step"] == STEPS
 
 
-@happens("a worker's port is in use", "173 at once, naming the port")
+@happens("SIGTERM while a peer's name has no address", "170; nothing to save")
+def test_a_stop_while_names_are_waited_for_leaves_nothing_behind(workdir):
+    cluster = {"worker": ["127.0.0.1:1", "nowhere.invalid:2222"]}
+    spec = json.dumps({"cluster": cluster, "task": {"type": "worker", "index": 0}})
+    process = runs.start(*FLAGS, f"--workdir={workdir}", environment={"TF_CONFIG": spec})
+    wait_until(lambda: (workdir / "lock").exists(), [process])
+    time.sleep(1.0)
+    process.send_signal(signal.SIGTERM)
+    assert "waiting for an address of nowhere.invalid:2222" in runs.finish([process], code=170)
+    assert not workdir.exists()
+
+
+@happens("a worker's port is in use", "173, naming the port")
 def test_a_port_in_use_is_named(workdir):
     with socket.create_server(("127.0.0.1", 0)) as other:
         port = other.getsockname()[1]
