@@ -79,8 +79,8 @@ def test_a_stopped_run_goes_on_to_the_same_weights_and_shows_no_step_twice(tmp_p
 def test_another_number_of_replicas_goes_on_with_the_same_order_and_noise(tmp_path):
     straight, moved = tmp_path / "straight", tmp_path / "moved"
     train(straight, "--train_steps=10", "--precision=float64")
-    train(moved, "--train_steps=5", "--precision=float64", "--num_devices=4")
-    train(moved, "--train_steps=10", "--precision=float64", "--num_devices=2")
+    train(moved, "--train_steps=5", "--precision=float64", "--num_devices=2")
+    train(moved, "--train_steps=10", "--precision=float64", "--num_devices=4")
     runs.assert_close(runs.committed(moved, 10), runs.committed(straight, 10), atol=1e-9)
 
 

@@ -237,15 +237,16 @@ def test_a_port_in_use_is_named(workdir):
         assert f"Port {port} of worker 0" in runs.finish([process], code=173)
 
 
+# The same through the functions alone, every day: tests/test_checkpoints.py.
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "what",
     [
         "truncated data",
-        # The same through the functions alone: tests/test_checkpoints.py.
-        *(
-            pytest.param(w, marks=pytest.mark.slow)
-            for w in ("flipped bit", "empty index", "missing data", "missing marker")
-        ),
+        "flipped bit",
+        "empty index",
+        "missing data",
+        "missing marker",
     ],
 )
 @happens("the newest commit is damaged or incomplete", "a warning, and the run goes on from the one before")
@@ -267,6 +268,7 @@ def test_a_damaged_commit_costs_the_steps_since_the_one_before(what, workdir, st
     assert "resumed from" in printed and "ckpt-10" in printed
 
 
+@pytest.mark.slow
 @happens("every commit is damaged", "65; never a start at step 0")
 def test_a_run_without_a_usable_commit_is_never_started_over(workdir):
     runs.finish([runs.start(*FLAGS, "--train_steps=10", f"--workdir={workdir}")])
@@ -276,6 +278,7 @@ def test_a_run_without_a_usable_commit_is_never_started_over(workdir):
         assert "no usable commit" in runs.finish([runs.start(*FLAGS, f"--workdir={workdir}")], code=65)
 
 
+@pytest.mark.slow
 @happens("numbers that are not finite, on one replica, in one step", "that step is skipped on all; counted")
 def test_one_bad_step_is_skipped(workdir):
     runs.finish([runs.start(*FLAGS, "--num_devices=2", f"--workdir={workdir}", environment=fault("nan:7"))])
@@ -283,6 +286,7 @@ def test_one_bad_step_is_skipped(workdir):
     assert final["skipped_steps"] == 1 and final["generator_optimizer/count"] == STEPS - 1
 
 
+@pytest.mark.slow
 @happens("numbers that are not finite, in every step", "back to the last commit --max_rollbacks times, then 65")
 def test_bad_steps_without_end_end_the_run(workdir):
     flags = ("--max_consecutive_skips=5", "--max_rollbacks=1", f"--workdir={workdir}")
@@ -350,6 +354,7 @@ def launch(*flags: str, workers: int = 2) -> subprocess.Popen[str]:
     )
 
 
+@pytest.mark.slow
 @happens("a worker dies under `launch.local`", "all are started again, up to --max_restarts; the same bits")
 def test_the_launcher_starts_the_gang_again(workdir, tmp_path):
     flags = (*FLAGS, "--intra_op_threads=1", "--steps_per_loop=1", "--train_steps=100")
