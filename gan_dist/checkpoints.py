@@ -9,7 +9,6 @@ import hashlib
 import json
 import logging
 import math
-import os
 import re
 import time
 from collections.abc import Collection, Mapping
@@ -116,7 +115,7 @@ def commit(folder: Path, step: int, arrays: Arrays, about: Any) -> None:
         # Sorted: the data before the index that refers to it.
         files = sorted(path for path in folder.glob(f"{prefix.name}.*") if _is_content(path))
         for path in files:
-            _sync(path)
+            workdir.sync(path)
         marker = {
             "step": step,
             "time": time.time(),
@@ -124,7 +123,7 @@ def commit(folder: Path, step: int, arrays: Arrays, about: Any) -> None:
             "tensors": {key: {"shape": list(a.shape), "dtype": a.dtype.name} for key, a in arrays.items()},
             "about": about,
         }
-        workdir.sync_folder(folder)
+        workdir.sync(folder)
         workdir.write_whole(prefix.with_name(f"{prefix.name}.json"), workdir.json_bytes(marker))
     except (OSError, tf.errors.OpError) as error:
         raise EnvironmentFault(
@@ -283,17 +282,9 @@ def _is_content(path: Path) -> bool:
 def _remove(folder: Path, step: int) -> None:
     # The marker first: a commit must not look whole while its files go.
     (folder / f"ckpt-{step}.json").unlink(missing_ok=True)
-    workdir.sync_folder(folder)
+    workdir.sync(folder)
     for path in folder.glob(f"ckpt-{step}.*"):
         path.unlink(missing_ok=True)
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def _sha256(path: Path) -> str:
