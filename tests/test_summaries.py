@@ -22,10 +22,11 @@ def folder(tmp_path):
 
 
 def events(folder):
-    for path in sorted((folder / "tensorboard").iterdir()):
-        for event in EventFileLoader(str(path)).Load():
-            for value in event.summary.value:
-                yield event.step, value.tag, value
+    """Step, tag and value of everything in all files. Files of the same second have names in no order: by step."""
+    found = [event for path in (folder / "tensorboard").iterdir() for event in EventFileLoader(str(path)).Load()]
+    for event in sorted(found, key=lambda event: event.step):
+        for value in event.summary.value:
+            yield event.step, value.tag, value
 
 
 def write(folder, first, steps):
